@@ -1,0 +1,32 @@
+"""Inputs of the loop: the corpus as tokenised shards, and the question sets."""
+
+import dagster as dg
+
+from assets.reporting import materialized, stage_run
+from realm_core.artifacts.store import Store
+from realm_core.ports import NullSink
+from realm_core.stages import CODE
+
+
+@dg.asset(group_name="corpus", kinds={"parquet"}, code_version=CODE["corpus"])
+def corpus_shards(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+    """The documents as shards of tokenised blocks; the digest of every shard is in the metadata."""
+    from realm_core.stages import corpus
+
+    with stage_run(context):
+        config, source = store.config(), store.source("corpus")
+        folder = store.version_for("corpus", corpus.plan(config, source=source))
+        manifest = corpus.run(config, source=source, out=folder, sink=NullSink())
+    return materialized(folder, manifest)
+
+
+@dg.asset(group_name="corpus", kinds={"json"}, code_version=CODE["questions"])
+def question_sets(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+    """Questions with accepted answers, split into train, dev and test."""
+    from realm_core.stages import questions
+
+    with stage_run(context):
+        config, source = store.config(), store.source("questions")
+        folder = store.version_for("questions", questions.plan(config, source=source))
+        manifest = questions.run(config, source=source, out=folder, sink=NullSink())
+    return materialized(folder, manifest)

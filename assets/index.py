@@ -1,0 +1,66 @@
+"""From a checkpoint to a searchable index: every block embedded, then the MIPS structure over the vectors."""
+
+import dagster as dg
+
+from assets.partitions import REALM_CKPT
+from assets.reporting import materialized, stage_run
+from realm_core.artifacts.store import Store, parse_key
+from realm_core.ports import NullSink, Tracker
+from realm_core.stages import CODE
+
+
+@dg.asset(
+    deps=["realm_checkpoint", "corpus_shards"],
+    partitions_def=REALM_CKPT,
+    group_name="index",
+    kinds={"pytorch", "numpy"},
+    code_version=CODE["reembed"],
+    pool="refresh",
+    retry_policy=dg.RetryPolicy(max_retries=1),
+)
+def embedding_snapshot(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
+    """One vector a block from one checkpoint. A killed pass resumes at the shard it was in."""
+    from realm_core.stages import reembed
+
+    key = context.partition_key
+    out = store.path("snapshots", key)
+    with stage_run(context):
+        manifest = reembed.run(
+            store.config(),
+            checkpoint=store.path("checkpoints", key),
+            corpus=store.newest("corpus"),
+            out=out,
+            sink=NullSink(),
+        )
+    return materialized(out, manifest)
+
+
+@dg.asset(
+    deps=["embedding_snapshot", "realm_checkpoint", "corpus_shards"],
+    partitions_def=REALM_CKPT,
+    group_name="index",
+    kinds={"faiss"},
+    code_version=CODE["index"],
+    pool="refresh",
+    retry_policy=dg.RetryPolicy(max_retries=1),
+)
+def mips_index(
+    context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], tracker: dg.ResourceParam[Tracker]
+) -> dg.MaterializeResult:
+    """The index version: the only thing that can go live, once its checks and the gate agree."""
+    from realm_core.stages import index
+
+    key = context.partition_key
+    out = store.path("indexes", key)
+    with stage_run(context):
+        manifest = index.run(
+            store.config(),
+            snapshot=store.path("snapshots", key),
+            checkpoint=store.path("checkpoints", key),
+            corpus=store.newest("corpus"),
+            out=out,
+            sink=NullSink(),
+        )
+    run, _ = parse_key(key)
+    url = tracker.url(run)
+    return materialized(out, manifest, **({"mlflow": dg.MetadataValue.url(url)} if url else {}))

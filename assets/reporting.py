@@ -1,0 +1,64 @@
+"""How assets speak to Dagster: manifests as metadata and data versions, operator errors as failures without retry."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from realm_core.artifacts.manifest import Manifest
+from realm_core.errors import RealmError
+
+DATA_VERSION_TAG = "dagster/data_version"
+CODE_VERSION_TAG = "dagster/code_version"
+
+
+@contextmanager
+def stage_run(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> Iterator[None]:
+    """Let the stage record this Dagster run, and turn an operator's error into a failure that is not retried."""
+    os.environ["REALM_DAGSTER_RUN_ID"] = context.run_id
+    try:
+        yield
+    except RealmError as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from error
+    finally:
+        os.environ.pop("REALM_DAGSTER_RUN_ID", None)
+
+
+def materialized(folder: Path, manifest: Manifest, **extra: Any) -> dg.MaterializeResult:
+    """The manifest as a materialisation: its digest is the data version, its facts are the metadata."""
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(manifest.digest), metadata={**describe(folder, manifest), **extra}
+    )
+
+
+def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Metadata of an artifact: numbers as numbers, so that the UI plots them over partitions."""
+    metadata: dict[str, Any] = {
+        "digest": manifest.digest,
+        "folder": dg.MetadataValue.path(str(folder)),
+        "config_digest": manifest.config_digest,
+        "parents": dg.MetadataValue.json(dict(manifest.parents)),
+        "git": str(manifest.record.get("git", "unknown")),
+        "seconds": float(manifest.record.get("seconds", 0.0)),
+    }
+    for key, value in flatten(manifest.facts).items():
+        if isinstance(value, bool | int | float | str):
+            metadata[key] = value
+    shards = manifest.facts.get("shards")
+    if isinstance(shards, Mapping):
+        metadata["shards"] = dg.MetadataValue.json(dict(shards))
+    return metadata
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One level of nesting becomes `outer/inner`; deeper values stay with their artifact."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}/{inner}": inner_value for inner, inner_value in value.items() if key != "shards"})
+        else:
+            flat[key] = value
+    return flat

@@ -1,0 +1,1 @@
+"""The operation: Dagster definitions, sensors, the detached trainer, tracking, and the commands that start services."""

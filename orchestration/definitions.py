@@ -1,0 +1,27 @@
+"""Everything Dagster loads: `dagster dev -m orchestration.definitions`, or `realm up`.
+
+Loads in well under a second because nothing here, nor anything it imports, imports torch, faiss, transformers or mlflow.
+"""
+
+import warnings
+
+import dagster as dg
+
+# Partitioned asset checks are a preview feature of Dagster 1.13; they are declared in assets/checks.py alone.
+warnings.filterwarnings("ignore", category=dg.PreviewWarning)
+
+from assets import checkpoint, checks, corpus, evaluation, ict, index, serving  # noqa: E402
+from orchestration.defs import jobs, sensors  # noqa: E402
+from orchestration.resources.store import StoreResource  # noqa: E402
+from orchestration.resources.tracking import TrackingResource  # noqa: E402
+
+HOME = dg.EnvVar("REALM_HOME")
+
+defs = dg.Definitions(
+    assets=dg.load_assets_from_modules([corpus, ict, checkpoint, index, evaluation, serving]),
+    asset_checks=[checks.index_checks],
+    jobs=jobs.ALL,
+    sensors=sensors.ALL,
+    resources={"store": StoreResource(home=HOME), "tracker": TrackingResource(home=HOME)},
+    executor=dg.in_process_executor,  # a process a step costs seconds each, and its child survives its killed parent
+)

@@ -1,0 +1,1 @@
+"""What assets and sensors are given: the artifact store and the experiment tracker."""

@@ -1,0 +1,168 @@
+"""MLflow behind the library's ports: one MLflow run per training run, written by explicit run id.
+
+A tracker that is down never stops training or refresh: rows that cannot be sent wait in a spool file beside the trainer and go
+out, in order, with the next row that can.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from filelock import FileLock, Timeout
+
+from realm_core.artifacts.publish import read_json_lines
+from realm_core.ports import MetricSink
+
+EXPERIMENT = "realm"
+RUN_TAG = "realm.run_id"
+_RETRY_SECONDS = 30.0  # how long rows are only spooled after the tracker failed
+log = logging.getLogger(__name__)
+
+
+class MlflowTracker:
+    """Implements the Tracker port on an MLflow tracking store."""
+
+    def __init__(self, uri: str, spool: Path) -> None:
+        self.uri = uri
+        self.spool = spool
+        self._client: Any = None
+        self._runs: dict[str, str] = {}
+        self._down_until = 0.0
+
+    def sink(self, run: str) -> MetricSink:
+        return _RunSink(self, run)
+
+    def tag(self, run: str, tags: Mapping[str, str]) -> None:
+        self._send_or_spool(run, {"tags": dict(tags)})
+
+    def url(self, run: str) -> str | None:
+        """Address of the run on an MLflow server; for a database without server, None."""
+        run_id = self.run_id(run)
+        if run_id is None or not self.uri.startswith("http"):
+            return None
+        experiment = self._client.get_run(run_id).info.experiment_id
+        return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+
+    def run_id(self, run: str) -> str | None:
+        """MLflow's id of a training run, created on first use; None while MLflow is down."""
+        with suppress(Exception):
+            return self._run_id(run)
+        return None
+
+    def finish(self, run: str) -> None:
+        """Send what is spooled and mark the MLflow run as finished."""
+        self._down_until = 0.0
+        self._flush(run)
+        with suppress(Exception):
+            self._client.set_terminated(self._run_id(run))
+
+    # --- below: may raise, callers above and `_send_or_spool` catch --------------------------------------------------
+
+    def _send_or_spool(self, run: str, row: dict[str, Any]) -> None:
+        row = {"time": int(time.time() * 1000), **row}
+        path = self.spool / f"{run}.jsonl"
+        waiting = path.exists()
+        if not waiting and time.monotonic() >= self._down_until:
+            try:
+                self._send(run, [row])
+                return
+            except Exception as error:  # whatever a tracker or its transport raises must not reach training
+                self._note_failure(error)
+        self.spool.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.spool / f".{run}.lock"), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if waiting:
+            self._flush(run)
+
+    def _flush(self, run: str) -> None:
+        path = self.spool / f"{run}.jsonl"
+        if not path.exists() or time.monotonic() < self._down_until:
+            return
+        try:
+            with FileLock(self.spool / f".{run}.lock", timeout=0):
+                self._send(run, read_json_lines(path))
+                path.unlink()
+        except Timeout:
+            return  # somebody else flushes
+        except Exception as error:
+            self._note_failure(error)
+
+    def _send(self, run: str, rows: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        run_id = self._run_id(run)
+        metrics = [
+            Metric(name, float(value), row["time"], row["step"])
+            for row in rows
+            for name, value in row.get("metrics", {}).items()
+            if value is not None
+        ]
+        tags = [RunTag(key, str(value)) for row in rows for key, value in row.get("tags", {}).items()]
+        for start in range(0, len(metrics), 900):  # MLflow takes at most 1000 metrics in a batch
+            self._client.log_batch(run_id, metrics=metrics[start : start + 900])
+        if tags:
+            self._client.log_batch(run_id, tags=tags)
+
+    def _run_id(self, run: str) -> str:
+        client = self._connect()
+        if run not in self._runs:
+            experiment = client.get_experiment_by_name(EXPERIMENT)
+            experiment_id = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
+            found = client.search_runs([experiment_id], filter_string=f"tags.`{RUN_TAG}` = '{run}'", max_results=1)
+            if not found:
+                found = [client.create_run(experiment_id, run_name=run, tags={RUN_TAG: run})]
+            self._runs[run] = found[0].info.run_id
+        return self._runs[run]
+
+    def _connect(self) -> Any:
+        if self._client is None:
+            os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+            logging.getLogger("alembic").setLevel(logging.WARNING)
+            from mlflow import MlflowClient
+
+            self._client = MlflowClient(self.uri)
+        return self._client
+
+    def _note_failure(self, error: Exception) -> None:
+        self._down_until = time.monotonic() + _RETRY_SECONDS
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("MLflow at %s: %s; metrics are spooled in %s and sent later", self.uri, first_line, self.spool)
+
+
+class _RunSink:
+    def __init__(self, tracker: MlflowTracker, run: str) -> None:
+        self.tracker, self.run = tracker, run
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.tracker._send_or_spool(self.run, {"step": step, "metrics": dict(values)})
+
+
+class TrackingResource(dg.ConfigurableResourceFactory[MlflowTracker]):
+    """MLflow for assets. `uri` empty means the home's own SQLite database."""
+
+    home: str
+    uri: str = ""
+
+    def create_resource(self, context: dg.InitResourceContext) -> MlflowTracker:
+        return tracker_for(Path(self.home), self.uri)
+
+
+def tracker_for(home: Path, uri: str = "") -> MlflowTracker:
+    """The tracker of a home: the given address, or MLFLOW_TRACKING_URI, or a SQLite database in the home."""
+    home = home.resolve()
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(home)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowTracker(uri, home / "mlflow" / "spool")
+
+
+def default_uri(home: Path) -> str:
+    return f"sqlite:///{home.resolve() / 'mlflow' / 'mlflow.db'}"

@@ -1,0 +1,5 @@
+"""Reference cases of text, data and evaluation."""
+
+from realm_core.compat.golden_case import Family
+
+FAMILIES: dict[str, Family] = {}

@@ -1,0 +1,284 @@
+"""Settings: `params.yaml` -> one frozen, validated `Config`. Unknown keys and impossible values are refused.
+
+The defaults are the constants of the paper and of the original code; a profile names what it changes. Every stage declares
+the sections it reads, and the digest over exactly those goes into its manifest.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from realm_core.errors import ConfigError
+
+DEFAULT_PARAMS = Path(__file__).with_name("params.yaml")
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RuntimeConfig(Section):
+    """Where and how numbers are computed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor computes in it, else fp32
+    threads: int = Field(0, ge=0)  # torch threads of a stage that has the machine for itself; 0 leaves torch's choice
+    shared_threads: int = Field(0, ge=0)  # the same while trainer and refresh run side by side
+
+
+class CorpusConfig(Section):
+    """How documents become tokenised blocks."""
+
+    shards: int = Field(64, ge=1, le=4096)
+    block_wordpieces: int = Field(288, ge=16)  # title and three special tokens included
+    splitter: Literal["syntok", "simple"] = "syntok"
+    tagger: str = "rules"  # finds the salient spans
+    on_error: Literal["fail", "skip"] = "fail"  # what a malformed line does
+
+
+class ModelConfig(Section):
+    """The transformer behind the retriever, the knowledge-augmented encoder and the reader."""
+
+    weights: str = "hub:google-bert/bert-base-uncased"  # hub:NAME[@REVISION], package:NAME, folder:PATH or random
+    weights_sha256: str | None = None  # of model.safetensors; checked before the file is opened
+    vocabulary_sha256: str | None = None
+    layers: PositiveInt | None = None  # use only the first layers of the weights; None keeps all
+    vocabulary_size: PositiveInt = 4000  # the next five describe random weights and their own small vocabulary
+    hidden_size: PositiveInt = 768
+    heads: PositiveInt = 12
+    intermediate_size: PositiveInt = 3072
+    max_positions: PositiveInt = 512
+    dropout: float = Field(0.1, ge=0, lt=1)
+    projection_size: PositiveInt = 128
+    projection_eps: float = Field(1e-12, gt=0)  # 1e-12: released weights; 1e-3: the public ICT code
+    share_embedders: bool = True  # one tower for queries and documents, as released
+
+
+class LengthsConfig(Section):
+    """Sequence lengths in wordpieces, special tokens included. The joint input is query + document."""
+
+    ict_query: int = Field(64, ge=8)
+    query: int = Field(96, ge=8)
+    document: int = Field(288, ge=16)
+    reader: int = Field(320, ge=24)
+
+    @property
+    def joint(self) -> int:
+        return self.query + self.document
+
+
+class OptimizerConfig(Section):
+    """Which update rule all training stages use."""
+
+    kind: Literal["bert_adam", "adamw"] = "bert_adam"
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class IctConfig(Section):
+    """Inverse cloze task: a sentence finds the block it came from."""
+
+    steps: PositiveInt = 100_000
+    batch: PositiveInt = 4096
+    lr: float = Field(1e-4, gt=0)
+    mask_rate: float = Field(0.9, ge=0, le=1)  # share of pairs whose sentence is taken out of the block
+
+
+class WarmupConfig(Section):
+    """Masked-LM warm-up of the encoder on (masked sentence + a document that helps, or the null document)."""
+
+    steps: int = Field(0, ge=0)  # 0: the weights bring a trained MLM head
+    batch: PositiveInt = 32
+    lr: float = Field(1e-4, gt=0)
+    null_rate: float = Field(0.25, ge=0, le=1)  # share of examples read beside the null document
+    span_rate: float = Field(0.5, ge=0, le=1)  # share of examples with salient spans; the rest mask random tokens
+
+
+class PretrainConfig(Section):
+    """REALM pre-training: retriever and encoder learn together."""
+
+    steps: PositiveInt = 200_000
+    batch: PositiveInt = 512
+    lr: float = Field(3e-5, gt=0)  # knowledge-augmented encoder
+    embedder_lr: float = Field(3e-5, gt=0)  # retriever; keep it at or below lr
+    candidates: int = Field(8, ge=2)  # the null document included
+    max_masks: int = Field(10, ge=1)
+    masking: Literal["salient", "random_token", "random_span"] = "salient"
+    marginal: Literal["token", "joint"] = "token"  # token: released code; joint: the paper's equation
+    checkpoint_every: PositiveInt = 500
+    keep: int = Field(5, ge=2)  # rolling checkpoints kept beside the best and everything still in use
+    checkpointing: bool = False  # gradient checkpointing
+    max_nan_steps: PositiveInt = 3  # non-finite losses in a row that end the run
+    index_wait_seconds: float = Field(3600, gt=0)  # how long step 0 waits for a first live index
+
+
+class ReembedConfig(Section):
+    """Embedding every block with one checkpoint."""
+
+    batch: PositiveInt = 64
+    max_bad_share: float = Field(0.0, ge=0, lt=1)  # share of blocks whose vector may be non-finite before the build fails
+
+
+class IndexConfig(Section):
+    """Maximum inner product search and how it is proven against exact search."""
+
+    backend: Literal["exact", "faiss_flat", "faiss_ivf", "faiss_hnsw", "faiss_sq8", "alsh"] = "exact"
+    params: dict[str, Any] = {}
+    probe_queries: PositiveInt = 256
+    probe_k: PositiveInt = 8
+
+
+class GateConfig(Section):
+    """What an index version must show before it goes live."""
+
+    min_recall_vs_exact: float = Field(0.95, ge=0, le=1)
+    max_null_probability: float = Field(0.95, gt=0, le=1)  # above it the retriever has collapsed onto the null document
+    max_recall_drop: float | None = Field(None, ge=0, le=1)  # recall@5 on dev against the live version; None: not asked
+    max_em_drop: float | None = Field(None, ge=0, le=1)
+
+
+class RefreshConfig(Section):
+    """When a checkpoint is embedded and indexed."""
+
+    sensor_seconds: PositiveInt = 30
+    backlog: Literal["newest", "all"] = "newest"
+
+
+class ReaderConfig(Section):
+    """Open-domain QA fine-tuning of question tower and reader."""
+
+    steps: PositiveInt = 158_336  # two epochs of NaturalQuestions
+    batch: PositiveInt = 1
+    lr: float = Field(1e-5, gt=0)
+    searcher_beam: PositiveInt = 5000
+    reader_beam: PositiveInt = 5
+    max_span_width: PositiveInt = 10
+    span_hidden: PositiveInt = 256
+
+
+class EvaluateConfig(Section):
+    """How answers and retrieval are scored."""
+
+    ks: tuple[PositiveInt, ...] = (1, 5, 20)
+    rule: Literal["tokens", "substring"] = "tokens"  # what counts as "this passage contains the answer"
+    dev_questions: PositiveInt = 2000  # at most so many dev questions score an index version
+
+
+class Config(Section):
+    """Everything a stage may ask for."""
+
+    seed: int = Field(0, ge=0)
+    runtime: RuntimeConfig = RuntimeConfig()
+    corpus: CorpusConfig = CorpusConfig()
+    model: ModelConfig = ModelConfig()
+    lengths: LengthsConfig = LengthsConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ict: IctConfig = IctConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    reembed: ReembedConfig = ReembedConfig()
+    index: IndexConfig = IndexConfig()
+    gate: GateConfig = GateConfig()
+    refresh: RefreshConfig = RefreshConfig()
+    reader: ReaderConfig = ReaderConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        positions = self.model.max_positions
+        for name in ("ict_query", "query", "document", "joint", "reader"):
+            if getattr(self.lengths, name) > positions:
+                found = getattr(self.lengths, name)
+                raise ValueError(f"lengths.{name}={found} exceeds model.max_positions={positions}; shorten it")
+        if self.corpus.block_wordpieces > self.lengths.document:
+            raise ValueError(
+                f"corpus.block_wordpieces={self.corpus.block_wordpieces} exceeds lengths.document="
+                f"{self.lengths.document}: blocks would be cut; lower the first or raise the second"
+            )
+        if self.reader.reader_beam > self.reader.searcher_beam:
+            raise ValueError("reader.reader_beam exceeds reader.searcher_beam; read no more blocks than are retrieved")
+        if self.model.weights == "random" and self.model.hidden_size % self.model.heads:
+            raise ValueError("model.hidden_size is not a multiple of model.heads")
+        return self
+
+    def digest(self, *sections: str) -> str:
+        """sha256 of the named sections and the seed: what a stage's result depends on."""
+        values = self.model_dump(mode="json")
+        chosen = {name: values[name] for name in ("seed", *sections)}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def load_config(params: Path | None = None, profile: str = "demo", overrides: Sequence[str] = ()) -> Config:
+    """Read a profile of a params file and apply `section.key=value` overrides.
+
+    Raises ConfigError naming the file, the key, what was found and what is known.
+    """
+    path = params or (Path("params.yaml") if Path("params.yaml").exists() else DEFAULT_PARAMS)
+    profiles = _read_profiles(path)
+    if profile not in profiles:
+        raise ConfigError(f"{path}: no profile {profile!r}; it has {', '.join(sorted(profiles))}")
+    values = json.loads(json.dumps(profiles[profile] or {}))
+    for override in overrides:
+        _apply_override(values, override)
+    return config_from(values, where=f"{path}: {profile}")
+
+
+def config_from(values: Mapping[str, Any], where: str) -> Config:
+    """Validate plain values; errors name `where` and the key."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, where)) from None
+
+
+def _read_profiles(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); pass --params FILE") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]}); mend the file") from None
+    if not isinstance(document, dict) or not isinstance(document.get("profiles"), dict):
+        raise ConfigError(f"{path}: no 'profiles' mapping; see the params.yaml of the repository")
+    return document["profiles"]
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: no '='; write --set section.key=value")
+    *sections, last = key.strip().split(".")
+    place = values
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not YAML; quote it") from None
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(sorted(_known_keys(first["loc"][:-1])))
+        return f"{where}: unknown key {key}; known keys here: {known}"
+    reason = first["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(first["input"], dict) else f" (found {first['input']!r})"
+    return f"{where}: {key + ': ' if key else ''}{reason}{found}"
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        model = model.model_fields[str(part)].annotation
+    return list(getattr(model, "model_fields", {}))

@@ -1,0 +1,191 @@
+"""Reading a corpus folder: tokens by memory map, texts on demand, rows across all shards."""
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int32, Shaped
+from numpy import ndarray
+
+from realm_core.corpus.layout import BLOCKS_FILE, TOKENS_FILE, VOCABULARY_FILE, Array, map_arrays
+from realm_core.corpus.writer import write_shards
+from realm_core.errors import ArtifactError, DataError
+from realm_core.text.blocks import Block
+from realm_core.text.tokenizer import Tokenizer
+
+__all__ = ["Corpus", "Shard", "write_shards"]
+
+_OFFSETS = {
+    "tokens": "token_offsets",
+    "title_tokens": "title_offsets",
+    "sentence_starts": "sentence_offsets",
+    "sentence_ranges": "sentence_offsets",
+    "span_bounds": "span_offsets",
+}
+_GROUPS_KEPT = 8  # decompressed row groups a shard keeps in memory
+
+
+class Shard:
+    """One shard; rows count from 0 within it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.name
+        self.arrays: Mapping[str, Array] = map_arrays(folder / TOKENS_FILE)
+        missing = {*_OFFSETS, *_OFFSETS.values()} - set(self.arrays)
+        if missing:
+            raise ArtifactError(f"{folder / TOKENS_FILE}: no array {min(missing)}; re-run the corpus stage")
+        self.blocks = len(self.arrays["token_offsets"]) - 1
+        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
+
+    def values(self, name: str, row: int) -> Array:
+        """The row's part of a flat array, as a read-only view."""
+        offsets = self.arrays[_OFFSETS[name]]
+        return self.arrays[name][offsets[row] : offsets[row + 1]]
+
+    @cached_property
+    def block_ids(self) -> Shaped[ndarray, "N"]:
+        """Identities in row order."""
+        column = pq.read_table(self.folder / BLOCKS_FILE, columns=["block_id"]).column(0)
+        return np.array(column.to_pylist(), dtype="U32")
+
+    def record(self, row: int) -> dict[str, Any]:
+        """block_id, doc_id, title, text, start, stop of a row."""
+        group = bisect_right(self._group_starts, row) - 1
+        if group not in self._groups:
+            self._groups[group] = self._file.read_row_group(group)
+            if len(self._groups) > _GROUPS_KEPT:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(group)
+        return self._groups[group].slice(row - self._group_starts[group], 1).to_pylist()[0]
+
+    @cached_property
+    def _file(self) -> pq.ParquetFile:
+        path = self.folder / BLOCKS_FILE
+        try:
+            file = pq.ParquetFile(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = str(error).splitlines()[0]
+            raise ArtifactError(f"{path}: cannot be read ({reason}); re-run the corpus stage") from None
+        if file.metadata.num_rows != self.blocks:
+            found = file.metadata.num_rows
+            raise ArtifactError(f"{path}: {found} rows, {TOKENS_FILE} has {self.blocks}; re-run the corpus stage")
+        return file
+
+    @cached_property
+    def _group_starts(self) -> list[int]:
+        starts, total = [], 0
+        for group in range(self._file.metadata.num_row_groups):
+            starts.append(total)
+            total += self._file.metadata.row_group(group).num_rows
+        return starts
+
+
+class Corpus:
+    """All blocks of a corpus folder. A global row counts through the shards in order of their names.
+
+    Rows mean something only together with the digest of this very corpus: use `block_ids` to name a block elsewhere.
+    """
+
+    def __init__(self, folder: Path, shards: Mapping[str, Shard]) -> None:
+        self.folder = folder
+        self.shards = shards
+        self._order = list(shards.values())
+        self._ends = list(np.cumsum([shard.blocks for shard in self._order], dtype=np.int64).tolist())
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Corpus":
+        """Map the token arrays of every shard; texts are read when asked for. Raises ArtifactError."""
+        folder = Path(folder)
+        names = sorted(path.name for path in folder.glob("shard-*") if path.is_dir())
+        if not names or not (folder / VOCABULARY_FILE).is_file():
+            raise ArtifactError(f"{folder}: not a corpus (no shard-* or no {VOCABULARY_FILE}); run the corpus stage")
+        return cls(folder, {name: Shard(folder / name) for name in names})
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the ids belong to."""
+        return Tokenizer.from_file(self.folder / VOCABULARY_FILE)
+
+    def shard_rows(self, name: str) -> range:
+        """Global rows of a shard."""
+        position = list(self.shards).index(name)
+        return range(self._ends[position] - self._order[position].blocks, self._ends[position])
+
+    @cached_property
+    def block_ids(self) -> Shaped[ndarray, "N"]:
+        """Identities (32 hexadecimal digits) in row order. Equal title and text give an equal identity."""
+        return np.concatenate([shard.block_ids for shard in self._order])
+
+    def row_of(self, block_id: str) -> int:
+        """Global row of a block, the lowest if its title and text occur several times. Raises DataError."""
+        order, ordered = self._by_id
+        place = int(np.searchsorted(ordered, block_id))
+        if place == len(ordered) or ordered[place] != block_id:
+            raise DataError(f"{self.folder}: no block {block_id!r}; it belongs to another version of the corpus")
+        return int(order[place])
+
+    def token_ids(self, row: SupportsIndex) -> Int32[ndarray, "L"]:
+        """Wordpieces of the body, without special tokens."""
+        return self._values("tokens", row)
+
+    def title_ids(self, row: SupportsIndex) -> Int32[ndarray, "L"]:
+        """Wordpieces of the title, cut to half the block limit."""
+        return self._values("title_tokens", row)
+
+    def sentence_starts(self, row: SupportsIndex) -> Int32[ndarray, "S"]:
+        """Offsets into `token_ids` at which a sentence begins; the first is 0."""
+        return self._values("sentence_starts", row)
+
+    def spans(self, row: SupportsIndex) -> Int32[ndarray, "M 2"]:
+        """Salient spans as right-exclusive ranges of `token_ids`."""
+        return self._values("span_bounds", row)
+
+    def text(self, row: SupportsIndex) -> str:
+        """Text of the block, original case."""
+        return self._record(row)["text"]
+
+    def texts(self, rows: Sequence[SupportsIndex] | ndarray) -> list[str]:
+        """Texts of several blocks, in the order asked for."""
+        return [self._record(row)["text"] for row in rows]
+
+    def block(self, row: SupportsIndex) -> Block:
+        """Everything about one block."""
+        return Block(
+            **self._record(row),
+            title_ids=self.title_ids(row).tolist(),
+            token_ids=self.token_ids(row).tolist(),
+            sentence_starts=self.sentence_starts(row).tolist(),
+            sentences=[(low, high) for low, high in self._values("sentence_ranges", row).tolist()],
+            spans=[(low, high) for low, high in self.spans(row).tolist()],
+        )
+
+    @cached_property
+    def _by_id(self) -> tuple[Array, Array]:
+        order = np.argsort(self.block_ids, kind="stable")
+        return order, self.block_ids[order]
+
+    def _values(self, name: str, row: SupportsIndex) -> Array:
+        shard, local = self._locate(row)
+        return shard.values(name, local)
+
+    def _record(self, row: SupportsIndex) -> dict[str, Any]:
+        shard, local = self._locate(row)
+        return shard.record(local)
+
+    def _locate(self, row: SupportsIndex) -> tuple[Shard, int]:
+        row = int(row)
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a corpus with {len(self)} blocks")
+        position = bisect_right(self._ends, row)
+        shard = self._order[position]
+        return shard, row - (self._ends[position] - shard.blocks)

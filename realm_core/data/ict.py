@@ -1,0 +1,108 @@
+"""Inverse cloze task: a sentence is the query, the block it came from is the document to find (Lee et al. 2019)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, SupportsIndex, runtime_checkable
+
+import numpy as np
+from numpy import ndarray
+
+from realm_core.corpus.shards import Corpus
+from realm_core.data.formats import Ids, Inputs, SpecialIds, document_inputs, prefixed, query_inputs, stack
+
+
+@runtime_checkable
+class TokenBlock(Protocol):
+    """The wordpieces of a block; `text.blocks.Block` has them."""
+
+    @property
+    def title_ids(self) -> Ids: ...
+    @property
+    def token_ids(self) -> Ids: ...
+    @property
+    def sentence_starts(self) -> Ids: ...
+
+
+@dataclass(frozen=True)
+class IctExample:
+    """Wordpieces without special tokens. `removed`: the sentence was taken out of the body."""
+
+    query_ids: ndarray
+    title_ids: ndarray
+    body_ids: ndarray
+    removed: bool
+
+
+def ict_example(block: TokenBlock, rng: np.random.Generator, mask_rate: float = 0.9) -> IctExample | None:
+    """One query and its block; None when the only sentence would have to be removed.
+
+    The sentence is drawn uniformly and removed from the body with probability `mask_rate`; otherwise it stays, which
+    teaches lexical matching (original code: language/orqa, ict_dataset).
+    """
+    starts = np.asarray(block.sentence_starts)
+    token_ids = np.asarray(block.token_ids)
+    if len(starts) == 0:
+        return None
+    chosen = int(rng.integers(len(starts)))
+    removed = bool(rng.random() < mask_rate)
+    if removed and len(starts) == 1:
+        return None
+    start = int(starts[chosen])
+    stop = int(starts[chosen + 1]) if chosen + 1 < len(starts) else len(token_ids)
+    body = np.concatenate([token_ids[:start], token_ids[stop:]]) if removed else token_ids
+    return IctExample(token_ids[start:stop], np.asarray(block.title_ids), body, removed)
+
+
+def ict_inputs(example: IctExample, query_len: int, block_len: int, special: SpecialIds) -> tuple[Inputs, Inputs]:
+    """(query, document) sequences; the title stands on the document side only."""
+    return (
+        query_inputs(example.query_ids, query_len, special),
+        document_inputs(example.title_ids, example.body_ids, block_len, special),
+    )
+
+
+def ict_batch(
+    corpus: Corpus,
+    rows: Sequence[SupportsIndex] | ndarray,
+    rng: np.random.Generator,
+    query_len: int,
+    block_len: int,
+    tokenizer: SpecialIds,
+    mask_rate: float = 0.9,
+    trim: bool = True,
+) -> dict[str, ndarray]:
+    """Arrays of a batch: query_* and doc_* {token_ids, segment_ids, mask} [B, L], removed [B] bool, rows [B] int64.
+
+    Discarded rows (see ict_example) are left out, so B may be smaller than len(rows) and `rows` says which are there;
+    when nothing remains, B is 0. Without `trim`, L is query_len and block_len.
+    """
+    kept: list[int] = []
+    examples: list[IctExample] = []
+    for row in map(int, rows):
+        example = ict_example(_Row(corpus, row), rng, mask_rate)
+        if example is not None:
+            kept.append(row)
+            examples.append(example)
+    pairs = [ict_inputs(example, query_len, block_len, tokenizer) for example in examples]
+    queries = stack([query for query, _ in pairs], tokenizer.pad_id, trim) if pairs else _nothing(query_len)
+    documents = stack([document for _, document in pairs], tokenizer.pad_id, trim) if pairs else _nothing(block_len)
+    return {
+        **prefixed(queries, "query"),
+        **prefixed(documents, "doc"),
+        "removed": np.array([example.removed for example in examples], dtype=bool),
+        "rows": np.array(kept, dtype=np.int64),
+    }
+
+
+class _Row:
+    """A corpus row seen as a TokenBlock; its text is never read."""
+
+    def __init__(self, corpus: Corpus, row: int) -> None:
+        self.title_ids = corpus.title_ids(row)
+        self.token_ids = corpus.token_ids(row)
+        self.sentence_starts = corpus.sentence_starts(row)
+
+
+def _nothing(length: int) -> Inputs:
+    empty = np.zeros((0, length), dtype=np.int64)
+    return Inputs(empty, empty, empty)

@@ -1,0 +1,226 @@
+"""The report of a run: which index versions there were, which of them went live, and what each was worth.
+
+A report is a plain dict, see `Report`; any value may be missing or None. It is written as `report.json` for programs
+and `report.md` for people, with plots where matplotlib is installed, and is shown as a table on a terminal.
+"""
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from realm_core.evaluate.plots import draw_quality, draw_training, plots_available
+
+JSON, MARKDOWN, QUALITY, TRAINING = "report.json", "report.md", "quality.png", "training.png"
+_NO_PLOTS = "matplotlib is not installed, so there are no plots."
+
+
+class IndexVersion(TypedDict, total=False):
+    """One index version; shares lie in [0, 1]."""
+
+    checkpoint: str | None
+    step: int | None  # optimizer step of the encoder
+    index_digest: str | None
+    dagster_run_id: str | None
+    triggered_by: str | None
+    recall_vs_exact: float | None
+    recall_at_5: float | None
+    exact_match: float | None
+    age_steps: float | None  # how far behind the trainer when it was replaced, or is now
+    null_probability: float | None
+    live: bool
+    verdict: str | None
+
+
+class Report(TypedDict, total=False):
+    """What `write_report` takes."""
+
+    seconds: float | None
+    index_versions: list[IndexVersion]
+    live: Mapping[str, Any] | None  # checkpoint, index_digest
+    swaps: list[Mapping[str, Any]]  # step, index_digest
+    qa: Mapping[str, Mapping[str, Any]]  # system -> recall_at_5, recall_at_20, exact_match
+    dagster_home: str | None
+    mlflow: Mapping[str, Any] | None  # tracking_uri, run_id
+
+
+# heading, key, kind; what both tables of the report show
+_VERSION_COLUMNS = (
+    ("step", "step", "count"),
+    ("checkpoint", "checkpoint", "text"),
+    ("index", "index_digest", "digest"),
+    ("vs exact", "recall_vs_exact", "share"),
+    ("R@5", "recall_at_5", "share"),
+    ("EM", "exact_match", "share"),
+    ("null p", "null_probability", "share"),
+    ("age", "age_steps", "count"),
+    ("verdict", "verdict", "text"),
+)
+_QA_COLUMNS = (
+    ("system", "system", "text"),
+    ("R@5", "recall_at_5", "share"),
+    ("R@20", "recall_at_20", "share"),
+    ("EM", "exact_match", "share"),
+)
+
+
+def write_report(folder: Path, report: Mapping[str, Any], steps: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+    """Write the report, and plots of it and of the training `steps`, into an existing folder; returns the file names.
+
+    `steps` are rows of `steps.jsonl`: step, loss, utility, null_probability, index_age; all but step may be missing.
+    """
+    images = []
+    if plots_available():
+        if draw_quality(folder / QUALITY, report):
+            images.append(QUALITY)
+        if draw_training(folder / TRAINING, steps, _swaps(report)):
+            images.append(TRAINING)
+    plain = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False, sort_keys=True)
+    (folder / JSON).write_text(plain + "\n", encoding="utf-8")
+    (folder / MARKDOWN).write_text(markdown(report, images), encoding="utf-8")
+    return [JSON, MARKDOWN, *images]
+
+
+def table(report: Mapping[str, Any], width: int = 120) -> str:
+    """The report as plain text of at most `width` columns."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(rich_table(report))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def rich_table(report: Mapping[str, Any]) -> Group:
+    """The report for a rich console: index versions, systems compared, and one closing line."""
+    versions = Table(title="index versions", box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
+    versions.add_column("")
+    _add_columns(versions, _VERSION_COLUMNS)
+    for version in _versions(report):
+        live = bool(version.get("live"))
+        cells = _cells(version, _VERSION_COLUMNS)
+        versions.add_row(Text("●" if live else ""), *map(Text, cells), style="bold green" if live else "")
+    parts: list[Any] = [versions]
+    if report.get("qa"):
+        systems = Table(title="question answering", box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
+        _add_columns(systems, _QA_COLUMNS)
+        for row in _systems(report):
+            systems.add_row(*map(Text, _cells(row, _QA_COLUMNS)))
+        parts.append(systems)
+    return Group(*parts, Text(summary(report)))
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """One line: how many versions and swaps, what is live, how long it took."""
+    live = report.get("live") or {}
+    parts = [_plural(len(_versions(report)), "index version"), _plural(len(_swaps(report)), "swap")]
+    if live:
+        digest = _cell(live.get("index_digest"), "digest")
+        parts.append(f"live: {_cell(live.get('checkpoint'), 'text')} (index {digest})")
+    else:
+        parts.append("nothing live")
+    if _number(report.get("seconds")) is not None:
+        parts.append(f"{float(report['seconds']):.0f} s")
+    return " · ".join(parts)
+
+
+def markdown(report: Mapping[str, Any], images: Sequence[str] = ()) -> str:
+    """The text of `report.md`."""
+    lines = ["# Run report", "", _escape(summary(report)), ""]
+    if not plots_available():
+        lines += [_NO_PLOTS, ""]
+    if QUALITY in images:
+        lines += [f"![Recall@5 and exact match of every index version, with swaps]({QUALITY})", ""]
+    lines += ["## Index versions", "", *_markdown_table(_marked(report), (("live", "mark", "text"), *_VERSION_COLUMNS))]
+    if report.get("qa"):
+        lines += ["## Question answering", "", *_markdown_table(_systems(report), _QA_COLUMNS)]
+    if TRAINING in images:
+        lines += ["## Training", "", f"![Loss, retrieval utility and index age over steps]({TRAINING})", ""]
+    lines += ["## Where it came from", ""]
+    origin = [("step", "step", "count"), ("index", "index_digest", "digest"), ("triggered by", "triggered_by", "text")]
+    lines += _markdown_table(_versions(report), [*origin, ("Dagster run", "dagster_run_id", "text")])
+    tracking = report.get("mlflow") or {}
+    for name, value in (
+        ("Dagster home", report.get("dagster_home")),
+        ("MLflow", tracking.get("tracking_uri")),
+        ("MLflow run", tracking.get("run_id")),
+    ):
+        lines += [f"- {name}: {_escape(_cell(value, 'text'))}"]
+    return "\n".join(lines) + "\n"
+
+
+def _versions(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return sorted(report.get("index_versions") or [], key=lambda row: _number(row.get("step")) or 0)
+
+
+def _marked(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [{**row, "mark": "●" if row.get("live") else " "} for row in _versions(report)]
+
+
+def _systems(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [{**(values or {}), "system": name} for name, values in (report.get("qa") or {}).items()]
+
+
+def _swaps(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list(report.get("swaps") or [])
+
+
+def _add_columns(target: Table, columns: Sequence[tuple[str, str, str]]) -> None:
+    for heading, _, kind in columns:
+        target.add_column(heading, justify="left" if kind in ("text", "digest") else "right", no_wrap=kind != "text")
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[tuple[str, str, str]]) -> list[str]:
+    return [_cell(row.get(key), kind) for _, key, kind in columns]
+
+
+def _cell(value: Any, kind: str) -> str:
+    if kind in ("share", "count"):
+        number = _number(value)
+        if number is None:
+            return "–"
+        return f"{number:.3f}" if kind == "share" else f"{number:,.0f}"
+    if value is None:
+        return "–"
+    return str(value).removeprefix("sha256:")[:8] if kind == "digest" else " ".join(str(value).split())
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str, str]]) -> list[str]:
+    if not rows:
+        return ["None.", ""]
+    head = "| " + " | ".join(heading for heading, _, _ in columns) + " |"
+    rule = "|" + "|".join(":--" if kind in ("text", "digest") else "--:" for _, _, kind in columns) + "|"
+    return [head, rule, *("| " + " | ".join(map(_escape, _cells(row, columns))) + " |" for row in rows), ""]
+
+
+def _escape(text: str) -> str:
+    """Names and verdicts come from elsewhere: they may not open a column, a link or a tag."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    for character in "\\`|[]*":
+        text = text.replace(character, "\\" + character)
+    return text
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,85 @@
+"""An index version opened for use: the searchable vectors together with the query tower and the corpus they belong to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from realm_core.artifacts.manifest import Manifest, open_artifact, read_manifest, verify_files
+from realm_core.corpus.shards import Corpus
+from realm_core.data.formats import Ids
+from realm_core.errors import ArtifactError
+from realm_core.index.backends import SearchIndex, load_index
+from realm_core.index.embed import embed_queries
+from realm_core.index.snapshot import Snapshot
+from realm_core.model.bundle import EMBEDDER, load_retriever
+from realm_core.model.device import Device
+from realm_core.model.embedder import Retriever
+from realm_core.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class IndexVersion:
+    """Queries are embedded by the very checkpoint whose document vectors are searched, as in the original code."""
+
+    name: str
+    manifest: Manifest
+    search_index: SearchIndex
+    retriever: Retriever
+    tokenizer: Tokenizer
+    corpus: Corpus
+    device: Device
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest.facts["step"])
+
+    def search(self, queries: Sequence[Ids], k: int, length: int | None) -> Int[np.ndarray, "Q k"]:
+        """Rows of the k best blocks of each query (wordpiece ids), best first; fewer columns in a smaller corpus."""
+        return self.search_vectors(self.embed(queries, length), k)
+
+    def embed(self, queries: Sequence[Ids], length: int | None) -> Float[np.ndarray, "Q D"]:
+        return embed_queries(self.retriever, queries, tokenizer=self.tokenizer, length=length, device=self.device)
+
+    def search_vectors(self, vectors: Float[np.ndarray, "Q D"], k: int) -> Int[np.ndarray, "Q k"]:
+        _, rows = self.search_index.search(torch.from_numpy(vectors), k)
+        return rows.numpy()
+
+
+def open_version(index: Path, *, checkpoint: Path, corpus: Path, device: Device) -> IndexVersion:
+    """Verify digests, then open. Raises ArtifactError if a byte changed, or if checkpoint or corpus is not the one
+    the index was built from: a query embedded by another encoder would find plausible nonsense."""
+    manifest = open_artifact(index, "index")
+    require_parent(index, manifest, "checkpoint", checkpoint)
+    require_parent(index, manifest, "corpus", corpus)
+    verify_files(checkpoint, read_manifest(checkpoint), only=EMBEDDER)
+    retriever, tokenizer, _ = load_retriever(checkpoint)
+    retriever.to(device.torch_device).eval()
+    search_index = load_index(index, size=manifest.facts["vectors"], dimension=manifest.facts["dimension"])
+    return IndexVersion(index.name, manifest, search_index, retriever, tokenizer, Corpus.open(corpus), device)
+
+
+def require_parent(child: Path, manifest: Manifest, role: str, parent: Path) -> None:
+    """Raise ArtifactError unless `parent` is what `child` was made from."""
+    found = read_manifest(parent).digest
+    if manifest.parents.get(role) != found:
+        raise ArtifactError(
+            f"{child}: made from {role} {str(manifest.parents.get(role))[:12]}, not from {parent} ({found[:12]}); "
+            f"pass the {role} of this version"
+        )
+
+
+def snapshot_of(snapshot: Path, corpus: Corpus) -> Snapshot:
+    """The vectors of a snapshot in corpus order. Raises ArtifactError unless there is one for every block."""
+    opened = Snapshot.open(snapshot, [f"{name}.npy" for name in corpus.shards])
+    for name, shard in corpus.shards.items():
+        if (found := len(opened.shard(f"{name}.npy"))) != shard.blocks:
+            raise ArtifactError(f"{snapshot}/{name}.npy: {found} vectors for {shard.blocks} blocks; embed it again")
+    return opened

@@ -1,0 +1,124 @@
+"""A trainable REALM: retriever, knowledge-augmented encoder and tokenizer, and the files they live in.
+
+A folder holds `model.json` (shapes), `embedder.safetensors`, `encoder.safetensors` and `vocab.txt`. The ICT artifact and every
+rolling checkpoint have this layout; a checkpoint adds the optimiser.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from realm_core.config import ModelConfig
+from realm_core.errors import ArtifactError
+from realm_core.model.embedder import Retriever
+from realm_core.model.encoder import EncoderShape
+from realm_core.model.knowledge_encoder import KnowledgeEncoder
+from realm_core.model.weights import StartWeights
+from realm_core.text.tokenizer import Tokenizer
+
+EMBEDDER, ENCODER, SHAPES, VOCABULARY = "embedder.safetensors", "encoder.safetensors", "model.json", "vocab.txt"
+
+
+@dataclass
+class RealmModel:
+    """Everything REALM pre-training updates."""
+
+    retriever: Retriever
+    encoder: KnowledgeEncoder
+    tokenizer: Tokenizer
+    projection_eps: float
+
+    @property
+    def shape(self) -> EncoderShape:
+        return self.encoder.shape
+
+    def to(self, device: torch.device) -> "RealmModel":
+        self.retriever.to(device)
+        self.encoder.to(device)
+        return self
+
+    def train(self, mode: bool = True) -> None:
+        """Switch dropout on or off."""
+        self.retriever.train(mode)
+        self.encoder.train(mode)
+
+    def save(self, folder: Path) -> None:
+        """Write the four files."""
+        save_module(self.retriever, folder / EMBEDDER)
+        save_module(self.encoder, folder / ENCODER)
+        shapes = {
+            "encoder": asdict(self.shape),
+            "projection_size": self.retriever.embedder.projection_size,
+            "projection_eps": self.projection_eps,
+            "share_embedders": self.retriever.share,
+        }
+        (folder / SHAPES).write_text(json.dumps(shapes, indent=1) + "\n", encoding="utf-8")
+        self.tokenizer.save(folder / VOCABULARY)
+
+    @classmethod
+    def load(cls, folder: Path) -> "RealmModel":
+        """Read what `save` wrote. Raises ArtifactError naming the file and what does not fit."""
+        retriever, tokenizer, eps = load_retriever(folder)
+        encoder = KnowledgeEncoder(retriever.embedder.shape)
+        load_module(encoder, folder / ENCODER)
+        return cls(retriever, encoder, tokenizer, eps)
+
+
+def load_retriever(folder: Path) -> tuple[Retriever, Tokenizer, float]:
+    """Retriever, tokenizer and projection epsilon of a checkpoint: all that embedding and searching need."""
+    try:
+        shapes = json.loads((folder / SHAPES).read_text(encoding="utf-8"))
+        retriever = Retriever(
+            EncoderShape(**shapes["encoder"]),
+            shapes["projection_size"],
+            shapes["projection_eps"],
+            share=shapes["share_embedders"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder / SHAPES}: unreadable ({error}); the checkpoint is not complete") from None
+    load_module(retriever, folder / EMBEDDER)
+    return retriever, Tokenizer.from_file(folder / VOCABULARY), shapes["projection_eps"]
+
+
+def new_model(config: ModelConfig, start: StartWeights, tokenizer: Tokenizer, seed: int) -> RealmModel:
+    """Build the model: BERT from the start weights in both towers and the encoder, everything else drawn from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    retriever = Retriever(start.shape, config.projection_size, config.projection_eps, share=config.share_embedders)
+    retriever.initialise(generator)
+    encoder = KnowledgeEncoder(start.shape)
+    encoder.initialise(generator)
+    if start.tensors:
+        backbone = {name: tensor for name, tensor in start.tensors.items() if not name.startswith("cls.")}
+        for module in {retriever.embedder, retriever.query_tower, encoder}:
+            missing, unexpected = module.realm.load_state_dict(backbone, strict=False)
+            if missing or unexpected:
+                raise ArtifactError(
+                    f"{config.weights}: missing {missing[:3]}, unexpected {unexpected[:3]}; these are not BERT weights"
+                )
+        head = {name: tensor for name, tensor in start.tensors.items() if name.startswith("cls.")}
+        if head:
+            encoder.load_state_dict(head, strict=False)
+    return RealmModel(retriever, encoder, tokenizer, config.projection_eps)
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    """State dict as safetensors, contiguous and on the CPU."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, path)
+
+
+def load_module(module: nn.Module, path: Path) -> None:
+    """Fill a module. Raises ArtifactError naming missing, unexpected or misshapen tensors."""
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # safetensors raises its own type for a damaged header and OSError for a missing file
+        raise ArtifactError(f"{path}: cannot be read ({error}); restore it or use another checkpoint") from None
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    wrong = [name for name in expected.keys() & tensors.keys() if expected[name] != tensors[name].shape]
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if wrong or missing or extra:
+        raise ArtifactError(f"{path}: missing {missing[:5]}, extra {extra[:5]}, other shape {sorted(wrong)[:5]}")
+    module.load_state_dict(tensors)

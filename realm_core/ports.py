@@ -1,0 +1,105 @@
+"""What the library asks of the outside world. Trackers, registries and clocks are plugged in by the caller."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TextIO, runtime_checkable
+
+Clock = Callable[[], float]  # seconds since the epoch
+
+
+@runtime_checkable
+class MetricSink(Protocol):
+    """Receives measurements while a stage runs. An implementation must never raise into the stage."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+
+@dataclass
+class MemorySink:
+    """Keeps the rows in memory."""
+
+    rows: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.rows.append((step, dict(values)))
+
+
+class JsonLinesSink:
+    """Appends one JSON object a row to a file, so that a run can be read while it goes on."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+class FanOutSink:
+    """Hands every row to several sinks."""
+
+    def __init__(self, *sinks: MetricSink) -> None:
+        self.sinks = sinks
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for sink in self.sinks:
+            sink.log(step, values)
+
+
+class NullSink:
+    """Drops everything."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        return None
+
+
+@dataclass
+class Progress:
+    """Rate and time left: a rewritten line on a terminal, a plain line every `every_seconds` in a log."""
+
+    what: str
+    total: int
+    unit: str = "steps"
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    every_seconds: float = 10.0
+    clock: Clock = time.monotonic
+
+    def __post_init__(self) -> None:
+        self.began = self.shown = self.clock()
+
+    def update(self, done: int, note: str = "") -> None:
+        now = self.clock()
+        tty = self.stream.isatty()
+        last = done >= self.total
+        if not last and now - self.shown < (0.2 if tty else self.every_seconds):
+            return
+        self.shown = now
+        rate = done / max(now - self.began, 1e-9)
+        left = (self.total - done) / rate if rate > 0 else float("inf")
+        line = f"{self.what}: {done}/{self.total} {self.unit}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip()
+        self.stream.write(f"\r\x1b[2K{line}" if tty else line + "\n")
+        if tty and last:
+            self.stream.write("\n")
+        self.stream.flush()
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """An experiment tracker. Like a sink, it never raises into the work it observes."""
+
+    def sink(self, run: str) -> MetricSink:
+        """Where the metrics of training run `run` go."""
+        ...
+
+    def tag(self, run: str, tags: Mapping[str, str]) -> None:
+        """Tie the tracked run to digests and to runs elsewhere."""
+        ...
+
+    def url(self, run: str) -> str | None:
+        """Where a person finds the tracked run; None while the tracker cannot be reached."""
+        ...

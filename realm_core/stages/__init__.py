@@ -1,0 +1,17 @@
+"""One file a stage: `run(config, *, inputs…, out, sink) -> Manifest`. The command line, DVC and Dagster call the same functions.
+
+This module stays free of heavy imports: orchestration reads the code versions when it loads.
+"""
+
+# Raise a stage's number when its result changes for equal inputs and settings.
+CODE = {
+    "corpus": "1",
+    "questions": "1",
+    "ict": "1",
+    "pretrain": "1",
+    "reembed": "1",
+    "index": "1",
+    "qualify": "1",
+    "finetune": "1",
+    "evaluate": "1",
+}

@@ -1,0 +1,48 @@
+"""Stage `ict`: start weights -> a retriever that finds blocks, and an encoder that can use them."""
+
+from pathlib import Path
+
+from realm_core.artifacts.manifest import Manifest, Plan, file_sha256, open_artifact, read_manifest
+from realm_core.artifacts.publish import building, finished
+from realm_core.config import Config
+from realm_core.corpus.shards import Corpus
+from realm_core.model.bundle import new_model
+from realm_core.model.device import resolve
+from realm_core.model.weights import WEIGHTS, load_start_weights, weights_folder
+from realm_core.ports import MetricSink
+from realm_core.stages import CODE
+from realm_core.train.ict import train_ict
+from realm_core.train.warmup import warm_up
+
+SECTIONS = ("runtime", "model", "lengths", "optimizer", "ict", "warmup")
+
+
+def plan(config: Config, *, corpus: Path) -> Plan:
+    """What `run` would make from `corpus`."""
+    sources = {}
+    if config.model.weights != "random":
+        sources["weights"] = config.model.weights_sha256 or file_sha256(weights_folder(config.model) / WEIGHTS)
+    return Plan(
+        stage="ict",
+        code=CODE["ict"],
+        config_digest=config.digest(*SECTIONS),
+        parents={"corpus": read_manifest(corpus)},
+        sources=sources,
+    )
+
+
+def run(config: Config, *, corpus: Path, out: Path, sink: MetricSink) -> Manifest:
+    """Inverse cloze task for the retriever, then the masked-LM warm-up of the encoder."""
+    doing = plan(config, corpus=corpus)
+    if done := finished(out, doing):
+        return done
+    open_artifact(corpus, "corpus")
+    blocks = Corpus.open(corpus)
+    device = resolve(config.runtime)
+    with building(out, doing) as build:
+        start = load_start_weights(config.model, blocks.tokenizer.vocab_size)
+        model = new_model(config.model, start, blocks.tokenizer, config.seed).to(device.torch_device)
+        metrics = train_ict(model, blocks, config, device, sink)
+        metrics |= warm_up(model, blocks, config, device, sink)
+        model.save(build.folder)
+        return build.commit({"step": 0, "metrics": metrics, "precision": device.precision})

@@ -1,0 +1,152 @@
+"""Stage `pretrain`: rolling REALM checkpoints, with the live index swapped in as it moves.
+
+The one stage whose output is a series: each checkpoint is an artifact of its own, published while the run goes on.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from realm_core.artifacts.manifest import Manifest, Plan, open_artifact, read_manifest
+from realm_core.artifacts.publish import building, read_json_lines
+from realm_core.artifacts.store import Store, checkpoint_key, parse_key
+from realm_core.config import Config
+from realm_core.corpus.shards import Corpus
+from realm_core.errors import ArtifactError
+from realm_core.model.bundle import RealmModel
+from realm_core.model.device import resolve
+from realm_core.ports import FanOutSink, JsonLinesSink, MetricSink, Progress
+from realm_core.stages import CODE
+from realm_core.train.follower import IndexFollower
+from realm_core.train.loop import RealmTrainer, optimizer_file, run_steps
+from realm_core.train.optimizer import load_optimizer_tensors, optimizer_tensors
+
+SECTIONS = ("runtime", "model", "lengths", "optimizer", "pretrain")
+STEPS = "steps.jsonl"
+
+
+def run(
+    config: Config,
+    *,
+    store: Store,
+    training_run: str,
+    corpus: Path,
+    start: Path,
+    sink: MetricSink,
+    until: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Manifest:
+    """Train run `training_run` up to step `until` (the configured number by default); resumes from its newest checkpoint.
+
+    Step 0 is a checkpoint of its own, equal to the warm start, so that the first index is made like every other.
+    Returns the manifest of the last checkpoint. Raises RealmError if no index goes live in time.
+    """
+    last = config.pretrain.steps if until is None else until
+    if not store.checkpoints(training_run):
+        _publish_start(config, store, training_run, corpus, start)
+    newest = store.path("checkpoints", store.checkpoints(training_run)[-1])
+    manifest = open_artifact(newest, "pretrain")
+    first = int(manifest.facts["step"])
+    if first >= last:
+        return manifest
+    _require_same_settings(newest, manifest, config)
+    return _Run(config, store, training_run, corpus, newest, sink).train(first, last, should_stop)
+
+
+class _Run:
+    """One process's share of a training run: from the newest checkpoint to the last step or a stop."""
+
+    def __init__(
+        self, config: Config, store: Store, name: str, corpus: Path, newest: Path, sink: MetricSink
+    ) -> None:
+        self.config, self.store, self.name, self.corpus, self.newest = config, store, name, corpus, newest
+        self.folder = store.trainer(name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.sink = FanOutSink(JsonLinesSink(self.folder / STEPS), sink)
+        self.device = resolve(config.runtime, shared=True)
+        model = RealmModel.load(newest).to(self.device.torch_device)
+        self.trainer = RealmTrainer(config, model, Corpus.open(corpus), self.device)
+        if optimizer_file(newest).exists():
+            load_optimizer_tensors(self.trainer.updater.optimizer, load_file(optimizer_file(newest)))
+        self.follower = IndexFollower(store, self.folder, self.device, warn=self._warn)
+        self.window: list[dict[str, float]] = []
+        self.since = 0
+        self.bar = Progress(f"pretrain {name}", config.pretrain.steps)
+
+    def train(self, first: int, last: int, should_stop: Callable[[], bool]) -> Manifest:
+        self.since = first
+        ran_before = [row["step"] for row in read_json_lines(self.folder / STEPS)]
+        self.follower.resume(first, max(ran_before, default=first))
+        if self.follower.wait_for_first(self.config.pretrain.index_wait_seconds, should_stop):
+            run_steps(
+                self.trainer, first, last, index_at=self.follower.at, after=self._after_step, should_stop=should_stop
+            )
+        return read_manifest(self.newest)
+
+    def _after_step(self, done: int, metrics: dict[str, float]) -> None:
+        self.window.append(metrics)
+        self.sink.log(done, metrics)
+        self.bar.update(done, f"loss {metrics.get('loss', float('nan')):.3f} age {metrics['index_age']:.0f}")
+        if done % self.config.pretrain.checkpoint_every == 0 or done == self.config.pretrain.steps:
+            self._publish(done)
+
+    def _publish(self, step: int) -> None:
+        index = self.follower.current
+        assert index is not None
+        parents = {"parent": read_manifest(self.newest), "corpus": read_manifest(self.corpus), "live_index": index.manifest}
+        out = self.store.path("checkpoints", checkpoint_key(self.name, step))
+        with building(out, _plan(self.config, parents)) as build:
+            self.trainer.model.save(build.folder)
+            save_file(optimizer_tensors(self.trainer.updater.optimizer), optimizer_file(build.folder))
+            facts = {
+                "run": self.name,
+                "step": step,
+                "metrics": _mean(self.window),
+                "index_timeline": self.follower.timeline(self.since),
+                "precision": self.device.precision,
+            }
+            seconds = sum(row["seconds"] for row in self.window)
+            stalled = sum(row["stall_seconds"] for row in self.window)
+            build.commit(facts, record={"train_seconds": seconds, "stall_seconds": stalled})
+        self.newest, self.window, self.since = out, [], step
+        self.store.prune_checkpoints(self.name, self.config.pretrain.keep, spare=self._worth_keeping())
+
+    def _worth_keeping(self) -> set[str]:
+        """The start, which is the ICT-only baseline, and the checkpoint with the highest retrieval utility."""
+        keys = self.store.checkpoints(self.name)
+        utility = {key: self.store.manifest("checkpoints", key).facts["metrics"].get("utility") for key in keys}
+        known = {key: value for key, value in utility.items() if value is not None}
+        return {keys[0], *([max(known, key=lambda key: known[key])] if known else [])}
+
+    def _warn(self, message: str) -> None:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _publish_start(config: Config, store: Store, name: str, corpus: Path, start: Path) -> None:
+    manifest = open_artifact(start, "ict")
+    parents = {"ict": manifest, "corpus": read_manifest(corpus)}
+    out = store.path("checkpoints", checkpoint_key(name, 0))
+    with building(out, _plan(config, parents)) as build:
+        RealmModel.load(start).save(build.folder)
+        build.commit({"run": name, "step": 0, "metrics": {}, "index_timeline": []})
+
+
+def _plan(config: Config, parents: dict[str, Manifest]) -> Plan:
+    return Plan(stage="pretrain", code=CODE["pretrain"], config_digest=config.digest(*SECTIONS), parents=parents)
+
+
+def _require_same_settings(folder: Path, manifest: Manifest, config: Config) -> None:
+    if manifest.config_digest != config.digest(*SECTIONS):
+        run, _ = parse_key(folder.name)
+        raise ArtifactError(
+            f"{folder}: trained with other settings ({manifest.config_digest[:12]}); "
+            f"restore them, or start a new training run beside {run}"
+        )
+
+
+def _mean(window: list[dict[str, float]]) -> dict[str, float]:
+    """Means since the last checkpoint, without the times, which differ from run to run."""
+    names = sorted({name for row in window for name in row if "seconds" not in name})
+    return {name: sum(row[name] for row in window if name in row) / sum(name in row for row in window) for name in names}

@@ -1,0 +1,62 @@
+"""Stage `promote`: the gate. The pointer moves only to an index version that has earned it, whoever asks."""
+
+from pathlib import Path
+
+from realm_core.artifacts.manifest import Manifest, open_artifact, read_manifest
+from realm_core.artifacts.publish import provenance
+from realm_core.artifacts.store import Live, Store, parse_key
+from realm_core.config import Config
+from realm_core.errors import GateError
+
+
+def run(config: Config, *, store: Store, name: str, reason: str = "by hand", allow_older: bool = False) -> Live:
+    """Verify again and move `live.json`. Promoting what is live already changes nothing.
+
+    Raises GateError naming the first condition that fails, ArtifactError if a byte changed since qualification.
+    """
+    index = open_artifact(store.path("indexes", name), "index")
+    live = store.live()
+    if live is not None and live.index_digest == index.digest:
+        return live
+    _require_verdict(store, name, index)
+    if live is not None:
+        _require_newer(store, name, live, allow_older)
+        _require_no_worse(config, store, name, live)
+    checkpoint = index.parents["checkpoint"]
+    return store.move_live(name, index.digest, checkpoint, reason, provenance().get("dagster_run_id"))
+
+
+def _require_verdict(store: Store, name: str, index: Manifest) -> None:
+    if not store.has("verdicts", name):
+        raise GateError(f"{name}: not qualified; run the refresh_index job for it, or realm qualify")
+    verdict = store.manifest("verdicts", name)
+    if verdict.parents["index"] != index.digest:
+        raise GateError(f"{name}: its verdict is about index {verdict.parents['index'][:12]}; qualify it again")
+    if not verdict.facts["passed"]:
+        failed = [f"{key}: {value['found']}" for key, value in verdict.facts["findings"].items() if not value["passed"]]
+        raise GateError(f"{name}: refused by its verdict ({'; '.join(failed)}); the live index stays")
+
+
+def _require_newer(store: Store, name: str, live: Live, allow_older: bool) -> None:
+    run, step = parse_key(name)
+    live_run, live_step = parse_key(live.index)
+    if run == live_run and step < live_step and not allow_older:
+        raise GateError(f"{name}: older than the live {live.index}; to roll back, pass allow_older with a reason")
+
+
+def _require_no_worse(config: Config, store: Store, name: str, live: Live) -> None:
+    for metric, tolerance in (
+        ("recall_at_5", config.gate.max_recall_drop),
+        ("exact_match", config.gate.max_em_drop),
+    ):
+        if tolerance is None:
+            continue
+        new, old = (_metric(store.path("evaluations", key), metric) for key in (name, live.index))
+        if new is None or old is None:
+            raise GateError(f"{name}: {metric} of it or of the live index is missing; evaluate both first")
+        if new < old - tolerance:
+            raise GateError(f"{name}: {metric} {new:.3f} against {old:.3f} of the live {live.index}; it stays live")
+
+
+def _metric(folder: Path, metric: str) -> float | None:
+    return read_manifest(folder).facts["metrics"].get(metric) if folder.is_dir() else None

@@ -1,0 +1,130 @@
+"""Stage `reembed`: one checkpoint and a corpus -> one vector a block, shard by shard.
+
+A killed pass keeps its finished shards: the scratch folder is handed to the next attempt, which checks what it finds there.
+"""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from realm_core.artifacts.manifest import Manifest, Plan, file_sha256, open_artifact, read_manifest, verify_files
+from realm_core.artifacts.publish import building, finished, write_durably
+from realm_core.artifacts.store import PRUNED
+from realm_core.config import Config
+from realm_core.corpus.shards import Corpus
+from realm_core.errors import ArtifactError
+from realm_core.index.embed import embed_blocks
+from realm_core.index.snapshot import vector_report, write_matrix
+from realm_core.model.bundle import EMBEDDER, load_retriever
+from realm_core.model.device import Device, resolve
+from realm_core.ports import MetricSink, Progress
+from realm_core.stages import CODE
+
+SECTIONS = ("runtime", "lengths", "reembed")
+_DONE = ".done.json"  # in the scratch folder: shard -> sha256, written after each shard
+
+
+def plan(config: Config, *, checkpoint: Path, corpus: Path) -> Plan:
+    """What `run` would make."""
+    parents = {"checkpoint": read_manifest(checkpoint), "corpus": read_manifest(corpus)}
+    return Plan(stage="reembed", code=CODE["reembed"], config_digest=config.digest(*SECTIONS), parents=parents)
+
+
+def run(config: Config, *, checkpoint: Path, corpus: Path, out: Path, sink: MetricSink) -> Manifest:
+    """Embed every block. Raises ArtifactError if too many vectors are not finite, or vocabularies differ."""
+    doing = plan(config, checkpoint=checkpoint, corpus=corpus)
+    if done := finished(out, doing):
+        return done
+    if (checkpoint / PRUNED).exists():
+        raise ArtifactError(f"{checkpoint}: its weights were dropped by retention; embed a newer checkpoint")
+    verify_files(checkpoint, doing.parents["checkpoint"], only=EMBEDDER)
+    open_artifact(corpus, "corpus")
+    blocks = Corpus.open(corpus)
+    device = resolve(config.runtime, shared=True)
+    with building(out, doing, resume=True) as build:
+        pass_ = _Pass(config, checkpoint, blocks, build.folder, device)
+        digests = {name: pass_.shard(name) for name in blocks.shards}
+        report = pass_.report(digests)
+        (build.folder / _DONE).unlink(missing_ok=True)
+        sink.log(0, {"reembed/blocks": len(blocks), "reembed/bad_vectors": report["bad_vectors"]})
+        return build.commit(
+            {
+                "step": doing.parents["checkpoint"].facts["step"],
+                "encoder": doing.parents["checkpoint"].files[EMBEDDER],
+                "vectors": len(blocks),
+                "precision": device.precision,
+                **report,
+                "shards": {name: digests[name] for name in blocks.shards},
+            },
+            record={"resumed_shards": pass_.resumed},
+            known={f"{name}.npy": digest for name, digest in digests.items()},
+        )
+
+
+class _Pass:
+    """One pass over the shards; remembers on disk which ones are done."""
+
+    def __init__(self, config: Config, checkpoint: Path, corpus: Corpus, folder: Path, device: Device) -> None:
+        self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
+        self.retriever, self.tokenizer, _ = load_retriever(checkpoint)
+        if self.tokenizer.digest != corpus.tokenizer.digest:
+            raise ArtifactError(f"{checkpoint}: other vocabulary than {corpus.folder}; build the corpus with it")
+        self.retriever.to(device.torch_device)
+        # The scratch folder may stem from another plan for the same name: a finished shard counts only for this encoder.
+        self.mark = {"encoder": file_sha256(checkpoint / EMBEDDER), "corpus": read_manifest(corpus.folder).digest}
+        self.done = self._read_done()
+        self.resumed = 0
+        self.bar = Progress(f"embed {folder.name}", len(corpus), unit="blocks")
+        self.embedded = 0
+
+    def shard(self, name: str) -> str:
+        """sha256 of the shard's vectors, embedding it unless a finished, unaltered file is there."""
+        path = self.folder / f"{name}.npy"
+        if name in self.done and path.exists() and file_sha256(path) == self.done[name]:
+            self.resumed += 1
+            self._advance(self.corpus.shards[name].blocks)
+            return self.done[name]
+        vectors = embed_blocks(
+            self.retriever,
+            self.corpus,
+            self.corpus.shard_rows(name),
+            tokenizer=self.tokenizer,
+            length=self.config.lengths.document,
+            batch=self.config.reembed.batch,
+            device=self.device,
+            progress=self._advance,
+        )
+        write_matrix(path, vectors)
+        self.done[name] = file_sha256(path)
+        write_durably(self.folder / _DONE, json.dumps({**self.mark, "shards": self.done}) + "\n")
+        return self.done[name]
+
+    def report(self, digests: dict[str, str]) -> dict[str, float]:
+        """Health of all vectors. Raises ArtifactError above the share of bad vectors that the settings allow."""
+        reports = [vector_report(np.load(self.folder / f"{name}.npy", mmap_mode="r")) for name in digests]
+        rows = sum(report["rows"] for report in reports)
+        bad = rows - sum(report["finite"] for report in reports)
+        if bad > self.config.reembed.max_bad_share * rows:
+            raise ArtifactError(
+                f"{self.folder}: {bad:.0f} of {rows:.0f} vectors are not finite; the checkpoint is broken, "
+                "resume training from an earlier one"
+            )
+        return {
+            "bad_vectors": bad,
+            "zero_vectors": sum(report["zero"] for report in reports),
+            "norm_min": min(report["norm_min"] for report in reports),
+            "norm_max": max(report["norm_max"] for report in reports),
+        }
+
+    def _advance(self, blocks: int) -> None:
+        self.embedded += blocks
+        self.bar.update(self.embedded)
+
+    def _read_done(self) -> dict[str, str]:
+        with suppress(OSError, ValueError, KeyError):
+            values = json.loads((self.folder / _DONE).read_text(encoding="utf-8"))
+            if {key: values[key] for key in self.mark} == self.mark:
+                return dict(values["shards"])
+        return {}

@@ -1,0 +1,122 @@
+"""Salient spans: names, dates and quantities worth asking the language model about.
+
+Guu et al. 2020 (section 3.4) mask named entities, found by a tagger trained on CoNLL-2003, and dates, found by a
+regular expression. Neither was published; the rule tagger here needs no model, spaCy can be plugged in.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from realm_core.errors import ConfigError
+from realm_core.text.names import name_spans
+from realm_core.text.quantities import date_spans, number_spans, without_dates
+
+LabelledSpan = tuple[int, int, str]  # start and right-exclusive stop in characters, label
+
+
+@runtime_checkable
+class Tagger(Protocol):
+    """Finds salient spans. `name` and `version` are recorded with the corpus."""
+
+    name: str
+    version: str
+
+    def spans(self, text: str) -> list[LabelledSpan]:
+        """Spans in order of their start, not overlapping."""
+        ...
+
+
+class RuleTagger:
+    """Dates, numbers with a unit, and capitalised names; no model needed."""
+
+    name = "rules"
+    version = "1"
+
+    def spans(self, text: str) -> list[LabelledSpan]:
+        """Spans in order of their start, not overlapping."""
+        # Names lie beside the dates: in "… in the United States July 18, 2018" the month is no part of the name.
+        return merge_spans([*date_spans(text), *number_spans(text), *name_spans(without_dates(text))])
+
+
+class SpacyTagger:
+    """Named entities of a spaCy pipeline, together with the date expressions of the rule tagger."""
+
+    # The classes of CoNLL-2003 (person, location, organisation, miscellaneous) in OntoNotes terms, and dates.
+    LABELS = frozenset(
+        {
+            "PERSON",
+            "NORP",
+            "FAC",
+            "ORG",
+            "GPE",
+            "LOC",
+            "PRODUCT",
+            "EVENT",
+            "WORK_OF_ART",
+            "LAW",
+            "LANGUAGE",
+            "DATE",
+            "PER",
+            "MISC",
+        }
+    )
+
+    def __init__(self, model: str = "en_core_web_sm") -> None:
+        try:
+            import spacy
+        except ImportError:
+            raise ConfigError("tagger 'spacy': spacy is not installed; install it or use tagger 'rules'") from None
+        try:
+            self._pipeline: Any = spacy.load(model, exclude=["lemmatizer"])
+        except OSError:
+            message = f"tagger 'spacy': the model {model!r} is not installed; install it or use tagger 'rules'"
+            raise ConfigError(message) from None
+        self.name = f"spacy:{model}"
+        self.version = f"{spacy.__version__}/{self._pipeline.meta.get('version', '?')}"
+
+    def spans(self, text: str) -> list[LabelledSpan]:
+        """Spans in order of their start, not overlapping."""
+        entities = self._pipeline(text).ents
+        found = [
+            (entity.start_char, entity.end_char, entity.label_) for entity in entities if entity.label_ in self.LABELS
+        ]
+        return merge_spans([*date_spans(text), *found])
+
+
+def make_tagger(name: str) -> Tagger:
+    """ "rules", "spacy", or "spacy:<model>"."""
+    kind, _, model = name.partition(":")
+    if kind == "rules" and not model:
+        return RuleTagger()
+    if kind == "spacy":
+        return SpacyTagger(model) if model else SpacyTagger()
+    raise ConfigError(f"tagger {name!r} is unknown; choose 'rules', 'spacy' or 'spacy:<model>'")
+
+
+def merge_spans(spans: Iterable[LabelledSpan]) -> list[LabelledSpan]:
+    """Overlapping spans become one that covers them all; it takes the label of its longest member."""
+    merged: list[LabelledSpan] = []
+    longest = 0
+    for start, stop, label in sorted(spans, key=lambda span: (span[0], -span[1], span[2])):
+        if not merged or start >= merged[-1][1]:
+            merged.append((start, stop, label))
+            longest = stop - start
+            continue
+        first, last, kept = merged[-1]
+        if stop - start > longest:
+            longest, kept = stop - start, label
+        merged[-1] = (first, max(last, stop), kept)
+    return merged
+
+
+def tokens_within(starts: Sequence[int], stops: Sequence[int], span: tuple[int, int]) -> tuple[int, int]:
+    """Range (first, right-exclusive last) of the tokens that lie wholly inside the span; (0, 0) when there is none.
+
+    Original code: language/realm masks exactly the wordpieces fully inside the span.
+    """
+    inside = [
+        number
+        for number, (start, stop) in enumerate(zip(starts, stops, strict=True))
+        if span[0] <= start and stop <= span[1]
+    ]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)

@@ -1,0 +1,136 @@
+"""The index follower: swaps the live index into a running trainer at step borders, and remembers which one served when.
+
+The pointer is looked at before every step. A new version is verified and loaded on a thread, so the trainer goes on with the
+old one and stalls only for the exchange of a reference. Every swap is on disk before it takes effect; a run resumed from an
+earlier checkpoint replays the swaps of the steps it repeats, so that it ends bit for bit where it would have ended.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from realm_core.artifacts.publish import append_durably, read_json_lines
+from realm_core.artifacts.store import Live, Store
+from realm_core.errors import ArtifactError, RealmError
+from realm_core.index.version import IndexVersion, open_version
+from realm_core.model.device import Device
+
+SWAPS = "swaps.jsonl"
+_POLL_SECONDS = 0.5
+
+
+class IndexFollower:
+    """Serves one index version at a time to one trainer."""
+
+    def __init__(self, store: Store, folder: Path, device: Device, warn: Callable[[str], None]) -> None:
+        self.store, self.folder, self.device, self.warn = store, folder, device, warn
+        self.current: IndexVersion | None = None
+        self._swaps = read_json_lines(folder / SWAPS)
+        self._replay_until = 0  # steps below it were run before and follow the recorded swaps
+        self._loading: _Loading | None = None
+        self._refused: set[str] = set()
+
+    def resume(self, step: int, replay_until: int) -> None:
+        """Start at `step`; steps below `replay_until` ran before a crash and use the index they used then."""
+        self._replay_until = replay_until
+        recorded = self._recorded(step)
+        if recorded is not None and step < replay_until:
+            self.current = self._open(recorded)
+
+    def wait_for_first(self, seconds: float, should_stop: Callable[[], bool]) -> bool:
+        """Wait until some index is live. False if asked to stop; RealmError when the time is over."""
+        deadline = time.monotonic() + seconds
+        while self.store.live() is None:
+            if should_stop():
+                return False
+            if time.monotonic() > deadline:
+                raise RealmError(
+                    f"{self.store.home}: no index went live within {seconds:.0f} s; "
+                    "start the daemon with realm up, or look at the refresh_index runs"
+                )
+            time.sleep(_POLL_SECONDS)
+        return True
+
+    def at(self, step: int) -> IndexVersion:
+        """The index version that serves this step; swaps first if there is a newer one ready."""
+        if step < self._replay_until:
+            recorded = self._recorded(step)
+            if recorded is not None and (self.current is None or recorded != self.current.name):
+                self.current = self._open(recorded)
+        else:
+            self._follow(step)
+        assert self.current is not None, "wait_for_first comes before the first step"
+        return self.current
+
+    def timeline(self, since: int) -> list[dict]:
+        """Swaps at or after step `since`: {"step", "index", "index_digest"}."""
+        keys = ("step", "index", "index_digest")
+        return [{key: swap[key] for key in keys} for swap in self._swaps if swap["step"] >= since]
+
+    def _follow(self, step: int) -> None:
+        live = self.store.live()
+        if live is not None and self._is_new(live):
+            if self.current is None:
+                self._swap(step, self._open(live.index))
+            elif self._loading is None:
+                self._loading = _Loading(live, lambda: self._open(live.index))
+        if self._loading is not None and self._loading.done():
+            loading, self._loading = self._loading, None
+            if loading.version is not None:
+                self._swap(step, loading.version)
+            else:
+                self._refused.add(loading.live.index_digest)
+                self.warn(f"step {step}: index {loading.live.index} refused, the old one stays: {loading.error}")
+
+    def _is_new(self, live: Live) -> bool:
+        return live.index_digest not in self._refused and (
+            self.current is None or live.index_digest != self.current.digest
+        )
+
+    def _swap(self, step: int, version: IndexVersion) -> None:
+        swap = {"step": step, "index": version.name, "index_digest": version.digest, "time": time.time()}
+        append_durably(self.folder / SWAPS, swap)
+        # A swap recorded for a step that was never finished before a crash is void: the newer record stands.
+        self._swaps = [old for old in self._swaps if old["step"] < step] + [swap]
+        self.current = version
+
+    def _recorded(self, step: int) -> str | None:
+        names = [swap["index"] for swap in self._swaps if swap["step"] <= step]
+        return names[-1] if names else None
+
+    def _open(self, name: str) -> IndexVersion:
+        manifest = self.store.manifest("indexes", name)
+        corpus = self.store.find(manifest.parents["corpus"])
+        if corpus is None:
+            raise ArtifactError(f"{self.store.home}: the corpus of index {name} is gone; restore it")
+        return open_version(
+            self.store.path("indexes", name),
+            checkpoint=self.store.path("checkpoints", name),
+            corpus=corpus,
+            device=self.device,
+        )
+
+
+@dataclass
+class _Loading:
+    """A version being verified and read on a thread."""
+
+    live: Live
+    load: Callable[[], IndexVersion]
+    version: IndexVersion | None = None
+    error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.version = self.load()
+        except Exception as error:  # handed to the trainer's thread, which keeps the old index
+            self.error = error
+
+    def done(self) -> bool:
+        return not self._thread.is_alive()

@@ -1,0 +1,118 @@
+"""REALM pre-training: steps, index swaps at their borders, rolling checkpoints (Guu et al. 2020, section 3)."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from realm_core.config import Config
+from realm_core.corpus.shards import Corpus
+from realm_core.data.batches import rng_for_step, rows_for_step
+from realm_core.errors import DataError
+from realm_core.index.version import IndexVersion
+from realm_core.model.bundle import RealmModel
+from realm_core.model.device import Device
+from realm_core.train.features import choose_candidates, draw_queries, realm_batch
+from realm_core.train.step import realm_step
+from realm_core.train.update import Updater, seed_of
+
+
+@dataclass
+class RealmTrainer:
+    """Model, optimiser and the data order of one run. Every step is a function of weights, optimiser state, seed, step
+    number and index version, which is what makes an exact resume possible."""
+
+    config: Config
+    model: RealmModel
+    corpus: Corpus
+    device: Device
+
+    def __post_init__(self) -> None:
+        settings = self.config.pretrain
+        self.updater = Updater(
+            {"retriever": self.model.retriever, "encoder": self.model.encoder},
+            {"retriever": settings.embedder_lr, "encoder": settings.lr},
+            settings.steps,
+            self.config.optimizer,
+            settings.max_nan_steps,
+        )
+        self.model.retriever.checkpointing = self.model.encoder.checkpointing = settings.checkpointing
+        self.rows = usable_rows(self.corpus, settings.masking)
+
+    def step(self, step: int, index: IndexVersion) -> dict[str, float]:
+        """One update with candidates from `index`. Returns the metrics of the step; empty if no query could be drawn."""
+        settings, lengths = self.config.pretrain, self.config.lengths
+        places = rows_for_step(len(self.rows), settings.batch, step, self.config.seed)
+        queries = draw_queries(
+            self.corpus,
+            self.rows[places].tolist(),
+            rng_for_step(self.config.seed, step, purpose=3),
+            scheme=settings.masking,
+            query_len=lengths.query,
+            max_masks=settings.max_masks,
+            tokenizer=self.model.tokenizer,
+        )
+        if not queries:
+            return {}
+        # As many as candidates although null takes a place: the block a query came from is dropped (language/realm).
+        retrieved = index.search([query.token_ids for query in queries], settings.candidates, lengths.query)
+        own = self.corpus.block_ids[[query.row for query in queries]]
+        batch = realm_batch(
+            index.corpus,
+            queries,
+            choose_candidates(index.corpus, own, retrieved, settings.candidates),
+            query_len=lengths.query,
+            doc_len=lengths.document,
+            tokenizer=self.model.tokenizer,
+            device=self.device,
+        )
+        self.model.train()
+        torch.manual_seed(seed_of(self.config.seed, "pretrain", step))  # dropout, a function of the step
+        result = realm_step(self.model, batch, settings.marginal, self.device)
+        updated = self.updater.apply(result.loss, step)
+        return result.metrics if updated else {"skipped": 1.0}
+
+
+def usable_rows(corpus: Corpus, masking: str) -> np.ndarray:
+    """Rows a masked query can be drawn from. Raises DataError if there is none."""
+    if masking != "salient":
+        return np.arange(len(corpus))
+    spans = np.concatenate([np.diff(shard.arrays["span_offsets"]) for shard in corpus.shards.values()])
+    rows = np.flatnonzero(spans)
+    if len(rows) == 0:
+        raise DataError(f"{corpus.folder}: no block has a salient span; choose pretrain.masking=random_span")
+    return rows
+
+
+def run_steps(
+    trainer: RealmTrainer,
+    first: int,
+    last: int,
+    *,
+    index_at: Callable[[int], IndexVersion],
+    after: Callable[[int, dict[str, float]], None],
+    should_stop: Callable[[], bool],
+) -> int:
+    """Steps first .. last-1; `after(done, metrics)` is called with the number of steps done. Returns that number at the end."""
+    for step in range(first, last):
+        if should_stop():
+            return step
+        began = time.perf_counter()
+        index = index_at(step)
+        stalled = time.perf_counter() - began
+        metrics = trainer.step(step, index)
+        metrics |= {
+            "index_age": float(step - index.step),
+            "seconds": time.perf_counter() - began,
+            "stall_seconds": stalled,
+        }
+        after(step + 1, metrics)
+    return last
+
+
+def optimizer_file(folder: Path) -> Path:
+    """Where a checkpoint keeps the optimiser's state."""
+    return folder / "optimizer.safetensors"
