@@ -55,6 +55,7 @@ def qa_eval(
             index=store.path("indexes", key),
             checkpoint=store.path("checkpoints", key),
             reader=store.newest("sparse_readers"),
+            reader_start=store.parent(store.newest("sparse_readers"), "checkpoint"),
             corpus=store.newest("corpus"),
             questions=store.newest("questions"),
             split="dev",

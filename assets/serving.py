@@ -73,6 +73,7 @@ def qa_reader(
         manifest = finetune.run(
             store.config(),
             index=store.path("indexes", key),
+            snapshot=store.path("snapshots", key),
             checkpoint=store.path("checkpoints", key),
             corpus=store.newest("corpus"),
             questions=store.newest("questions"),
@@ -103,6 +104,7 @@ def qa_result(
             index=store.path("indexes", key),
             checkpoint=store.path("checkpoints", key),
             reader=store.path("readers", key),
+            reader_start=store.path("checkpoints", key),
             corpus=store.newest("corpus"),
             questions=store.newest("questions"),
             split="test",
@@ -131,6 +133,7 @@ def sparse_result(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
             index=None,
             checkpoint=None,
             reader=store.newest("sparse_readers"),
+            reader_start=store.parent(store.newest("sparse_readers"), "checkpoint"),
             corpus=store.newest("corpus"),
             questions=store.newest("questions"),
             split="test",

@@ -12,16 +12,16 @@ warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 
 from assets import checkpoint, checks, corpus, evaluation, ict, index, serving  # noqa: E402
 from orchestration.defs import jobs, sensors  # noqa: E402
-from orchestration.resources.store import StoreResource  # noqa: E402
-from orchestration.resources.tracking import TrackingResource  # noqa: E402
+from orchestration.resources.store import store_resource  # noqa: E402
+from orchestration.resources.tracking import tracking_resource  # noqa: E402
 
-HOME = dg.EnvVar("REALM_HOME")
+HOME = {"home": {"env": "REALM_HOME"}}
 
 defs = dg.Definitions(
     assets=dg.load_assets_from_modules([corpus, ict, checkpoint, index, evaluation, serving]),
     asset_checks=[checks.index_checks],
     jobs=jobs.ALL,
     sensors=sensors.ALL,
-    resources={"store": StoreResource(home=HOME), "tracker": TrackingResource(home=HOME)},
+    resources={"store": store_resource.configured(HOME), "tracker": tracking_resource.configured(HOME)},
     executor=dg.in_process_executor,  # a process a step costs seconds each, and its child survives its killed parent
 )

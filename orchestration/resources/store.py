@@ -7,10 +7,7 @@ import dagster as dg
 from realm_core.artifacts.store import Store
 
 
-class StoreResource(dg.ConfigurableResourceFactory[Store]):
-    """Opens the home folder named by REALM_HOME, with the settings it was made with."""
-
-    home: str
-
-    def create_resource(self, context: dg.InitResourceContext) -> Store:
-        return Store.open(Path(self.home))
+@dg.resource(config_schema={"home": dg.StringSource}, description="Artifacts below one home folder.")
+def store_resource(context: dg.InitResourceContext) -> Store:
+    """Opens the home folder with the settings it was made with."""
+    return Store.open(Path(context.resource_config["home"]))

@@ -145,20 +145,16 @@ class _RunSink:
         self.tracker._send_or_spool(self.run, {"step": step, "metrics": dict(values)})
 
 
-class TrackingResource(dg.ConfigurableResourceFactory[MlflowTracker]):
-    """MLflow for assets. `uri` empty means the home's own SQLite database."""
-
-    home: str
-    uri: str = ""
-
-    def create_resource(self, context: dg.InitResourceContext) -> MlflowTracker:
-        return tracker_for(Path(self.home), self.uri)
+@dg.resource(config_schema={"home": dg.StringSource}, description="MLflow; see tracker_for for the address.")
+def tracking_resource(context: dg.InitResourceContext) -> MlflowTracker:
+    """The tracker of the home."""
+    return tracker_for(Path(context.resource_config["home"]))
 
 
-def tracker_for(home: Path, uri: str = "") -> MlflowTracker:
-    """The tracker of a home: the given address, or MLFLOW_TRACKING_URI, or a SQLite database in the home."""
+def tracker_for(home: Path) -> MlflowTracker:
+    """The tracker of a home: at MLFLOW_TRACKING_URI if that is set, else a SQLite database in the home."""
     home = home.resolve()
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(home)
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(home)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowTracker(uri, home / "mlflow" / "spool")

@@ -167,6 +167,14 @@ class Store:
                     return self.path(kind, name)
         return None
 
+    def parent(self, folder: Path, role: str) -> Path:
+        """Folder of the artifact that `folder` was made from in this role. Raises ArtifactError if it is gone."""
+        digest = read_manifest(folder).parents[role]
+        found = self.find(digest)
+        if found is None:
+            raise ArtifactError(f"{folder}: its {role} {digest[:12]} is not in this store; restore that folder")
+        return found
+
     def checkpoints(self, run: str) -> list[str]:
         """Keys of a run's checkpoints whose weights are still there, oldest first."""
         return [

@@ -2,8 +2,8 @@
 
 A folder of reference vectors holds, for a family F and a set s, `F_s.config.json`, `F_s.inputs.npz`, `F_s.outputs.npz`,
 `F_s.state.safetensors` and the like, or one `F_s.json`. Outputs are called NAME/f32 and NAME/f64, or NAME alone where
-they are integers or booleans. A family is one function that computes the same names here. Nothing depends on the name of
-a set or on its sizes; an output that is not computed and a family that is not known count as misses.
+they are integers or booleans. A family is one function that computes the same names here. Nothing depends on the name
+of a set or on its sizes; an output that is not computed and a family that is not known count as misses.
 """
 
 import json
@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from realm_core.compat import golden_model, golden_text
-from realm_core.compat.golden_case import CaseFiles, Comparison, Family
+from realm_core.compat import golden_model, golden_openqa, golden_text
+from realm_core.compat.golden_case import CaseFiles, Comparison, Family, Section
 from realm_core.errors import DataError
 
 TOLERANCE = {"float32": (1e-4, 2e-5), "float64": (1e-9, 1e-10)}  # relative, absolute
-FAMILIES: dict[str, Family] = {**golden_model.FAMILIES, **golden_text.FAMILIES}
+FAMILIES: dict[str, Family] = {**golden_model.FAMILIES, **golden_openqa.FAMILIES, **golden_text.FAMILIES}
+DATA_SECTIONS = ("vocab",)  # parts of a JSON file that other parts use
 _CASE_FILE = re.compile(r"(?P<family>.+)_(?P<set>[^_.]+)(?:\.[^.]+)*\.(?:json|npz|safetensors)")
 
 
@@ -68,10 +69,10 @@ def run_case(case: CaseFiles) -> Iterator[GoldenResult]:
         yield _miss(case.name, "exact", f"cannot run: {case.path('json')} is not readable ({error})")
         return
     if case.family in FAMILIES:
-        yield from _run(case.name, FAMILIES[case.family], content)
-    else:
-        for section, part in content.items():
-            yield from _run(f"{case.name}/{section}", FAMILIES.get(f"{case.family}.{section}"), part)
+        yield from _run(case.name, FAMILIES[case.family], Section(content, content))
+        return
+    for name in [name for name in content if name not in DATA_SECTIONS]:
+        yield from _run(f"{case.name}/{name}", FAMILIES.get(f"{case.family}.{name}"), Section(content[name], content))
 
 
 def summarise(results: Iterable[GoldenResult]) -> list[GoldenResult]:

@@ -72,7 +72,15 @@ class Comparison:
     precision: str
 
 
-Check = Callable[[Any, str], Iterable[Comparison]]  # (files or JSON content, precision) -> comparisons
+@dataclass(frozen=True)
+class Section:
+    """One part of a JSON file, with the file around it, which may hold the vocabulary."""
+
+    content: Any
+    file: Mapping[str, Any]
+
+
+Check = Callable[[Any, str], Iterable[Comparison]]  # (CaseFiles or Section, precision) -> comparisons
 
 
 @dataclass(frozen=True)
@@ -107,12 +115,12 @@ def _outputs_in(arrays: Mapping[str, np.ndarray], precision: str) -> dict[str, n
 def from_float32_records(compute: Callable[[Any, torch.dtype], Iterable[tuple[str, Any, Any]]]) -> Family:
     """A JSON section with float32 results: both precisions run, and are held to the float32 tolerance."""
 
-    def check(content: Any, precision: str) -> Iterable[Comparison]:
-        return [Comparison(*record, "float32") for record in compute(content, DTYPES[precision])]
+    def check(section: Section, precision: str) -> Iterable[Comparison]:
+        return [Comparison(*record, "float32") for record in compute(section.content, DTYPES[precision])]
 
     return Family(check, tuple(DTYPES))
 
 
-def exact(compute: Callable[[Any], Iterable[tuple[str, Any, Any]]]) -> Family:
+def exact(compute: Callable[[Section], Iterable[tuple[str, Any, Any]]]) -> Family:
     """Text and integers: equal or not."""
-    return Family(lambda content, _: [Comparison(*record, "exact") for record in compute(content)], ("exact",))
+    return Family(lambda section, _: [Comparison(*record, "exact") for record in compute(section)], ("exact",))

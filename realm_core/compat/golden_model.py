@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from realm_core.compat.golden_case import CaseFiles, Family, from_float32_records, from_outputs
-from realm_core.model.embedder import Embedder, Retriever, relevance as relevance_of
+from realm_core.model.embedder import Embedder, Retriever
+from realm_core.model.embedder import relevance as relevance_of
 from realm_core.model.encoder import EncoderShape
 from realm_core.model.knowledge_encoder import KnowledgeEncoder
 from realm_core.model.objectives import (

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from realm_core.errors import ArtifactError
 
 BLOCKS_FILE, TOKENS_FILE, VOCABULARY_FILE = "blocks.parquet", "tokens.safetensors", "vocab.txt"
+ROWS_PER_GROUP = 1024  # blocks of the Parquet file that are decompressed together when one text is asked for
 
 Array = np.ndarray
 _TYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int32, Shaped
 from numpy import ndarray
 
-from realm_core.corpus.layout import BLOCKS_FILE, TOKENS_FILE, VOCABULARY_FILE, Array, map_arrays
+from realm_core.corpus.layout import BLOCKS_FILE, ROWS_PER_GROUP, TOKENS_FILE, VOCABULARY_FILE, Array, map_arrays
 from realm_core.corpus.writer import write_shards
 from realm_core.errors import ArtifactError, DataError
 from realm_core.text.blocks import Block
@@ -52,39 +52,30 @@ class Shard:
     @cached_property
     def block_ids(self) -> Shaped[ndarray, "N"]:
         """Identities in row order."""
-        column = pq.read_table(self.folder / BLOCKS_FILE, columns=["block_id"]).column(0)
-        return np.array(column.to_pylist(), dtype="U32")
+        table = self._read(lambda file: file.read(columns=["block_id"]))
+        return np.array(table.column(0).to_pylist(), dtype="U32")
 
     def record(self, row: int) -> dict[str, Any]:
         """block_id, doc_id, title, text, start, stop of a row."""
-        group = bisect_right(self._group_starts, row) - 1
+        group = row // ROWS_PER_GROUP
         if group not in self._groups:
-            self._groups[group] = self._file.read_row_group(group)
+            self._groups[group] = self._read(lambda file: file.read_row_group(group))
             if len(self._groups) > _GROUPS_KEPT:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(group)
-        return self._groups[group].slice(row - self._group_starts[group], 1).to_pylist()[0]
+        return self._groups[group].slice(row % ROWS_PER_GROUP, 1).to_pylist()[0]
 
-    @cached_property
-    def _file(self) -> pq.ParquetFile:
+    def _read(self, part: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
         path = self.folder / BLOCKS_FILE
         try:
-            file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowInvalid) as error:
+            with pq.ParquetFile(path) as file:  # not kept open: a large corpus has thousands of shards
+                found = file.metadata.num_rows
+                if found == self.blocks:
+                    return part(file)
+        except (OSError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0]
             raise ArtifactError(f"{path}: cannot be read ({reason}); re-run the corpus stage") from None
-        if file.metadata.num_rows != self.blocks:
-            found = file.metadata.num_rows
-            raise ArtifactError(f"{path}: {found} rows, {TOKENS_FILE} has {self.blocks}; re-run the corpus stage")
-        return file
-
-    @cached_property
-    def _group_starts(self) -> list[int]:
-        starts, total = [], 0
-        for group in range(self._file.metadata.num_row_groups):
-            starts.append(total)
-            total += self._file.metadata.row_group(group).num_rows
-        return starts
+        raise ArtifactError(f"{path}: {found} rows, {TOKENS_FILE} has {self.blocks}; re-run the corpus stage")
 
 
 class Corpus:

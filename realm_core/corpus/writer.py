@@ -21,14 +21,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realm_core.corpus.layout import BLOCKS_FILE, TOKENS_FILE, VOCABULARY_FILE, Ragged, write_arrays
+from realm_core.corpus.layout import BLOCKS_FILE, ROWS_PER_GROUP, TOKENS_FILE, VOCABULARY_FILE, Ragged, write_arrays
 from realm_core.corpus.readers import Document
 from realm_core.errors import ConfigError, DataError
 from realm_core.text.blocks import SPECIALS_PER_BLOCK, Block, pack_document
 from realm_core.text.spans import Tagger, make_tagger
 from realm_core.text.tokenizer import Tokenizer
 
-ROWS_PER_GROUP = 1024  # blocks that are decompressed together when one text is asked for
 HISTOGRAM_STEP = 32  # wordpieces
 _DOCUMENTS_PER_TASK = 32
 _SCHEMA = pa.schema(
@@ -108,7 +107,11 @@ def write_shards(
         shutil.rmtree(spool, ignore_errors=True)
     if not totals.blocks:
         raise DataError(f"none of {totals.documents} documents gave a block; they are empty: {dict(totals.dropped)}")
-    return {**totals.report(), "tagger": {"name": chosen.name, "version": chosen.version}, "shards": dict(sorted(sizes.items()))}
+    return {
+        **totals.report(),
+        "tagger": {"name": chosen.name, "version": chosen.version},
+        "shards": dict(sorted(sizes.items())),
+    }
 
 
 class _Totals:

@@ -43,11 +43,13 @@ def draw_quality(path: Path, report: Mapping[str, Any]) -> bool:
     top = max(v for v in (_value(row.get(key)) for row in versions for key, _, _ in shown) if v is not None)
     top = max([top, *_draw_baselines(axes, report, [key for key, _, _ in shown])])
     axes.set_ylim(0, min(1.02, max(0.1, 1.18 * top)))
+    if any(_refused(row) for row in versions):
+        axes.scatter([], [], facecolor="white", edgecolor=_MUTED, s=40, linewidth=1.6, label="refused by the gate")
     _mark_swaps(axes, swaps, label="index swap")
     _share_axis(axes)
     axes.set_xlabel("optimizer step", color=_INK)
     axes.set_title("What each index version is worth", loc="left", color=_INK, fontweight="bold")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8.5, handlelength=1.6, columnspacing=1.4)
     _save(figure, path)
     return True
 
@@ -86,12 +88,14 @@ def _draw_series(axes: Any, versions: Sequence[Mapping[str, Any]], key: str, lab
     axes.scatter(x[passed], y[passed], s=36, color=colour, zorder=4)
     hollow = {"facecolor": "white", "s": 40, "linewidth": 1.6, "zorder": 4}
     axes.scatter(x[~passed], y[~passed], edgecolor=colour, **hollow)
+    middle = (float(versions[0]["step"]) + float(versions[-1]["step"])) / 2
     for row in versions:
         value = _value(row.get(key))
+        side, shift = ("right", -9) if float(row["step"]) >= middle else ("left", 9)
         if row.get("live") and value is not None:
             axes.scatter([row["step"]], [value], s=150, facecolor="none", edgecolor=colour, linewidth=1.4, zorder=5)
             axes.annotate(
-                f"live {value:.1%}", (row["step"], value), (-9, 9), textcoords="offset points", ha="right", va="bottom",
+                f"live {value:.1%}", (row["step"], value), (shift, 9), textcoords="offset points", ha=side, va="bottom",
                 color=colour, fontsize=9, fontweight="bold",
                 bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
             )  # fmt: skip

@@ -1,27 +1,17 @@
 """Scores of a set of predictions: accuracy over all questions, with a bootstrap interval."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from realm_core.data.questions import Question
 from realm_core.errors import DataError
 from realm_core.evaluate.text import REGEX_SECONDS, exact_match, regex_match
 
 
-class Asked(Protocol):
-    """A question with its accepted answers; `answer_type` is "regex" where they are regular expressions."""
-
-    @property
-    def question(self) -> str: ...
-    @property
-    def answers(self) -> Sequence[str]: ...
-    @property
-    def answer_type(self) -> str: ...
-
-
 def evaluate_predictions(
-    questions: Sequence[Asked],
+    questions: Sequence[Question],
     predictions: Mapping[str, str],
     seed: int = 0,
     resamples: int = 1000,
@@ -42,7 +32,7 @@ def evaluate_predictions(
     for text, item in asked.items():
         prediction = predictions.get(text)
         correct = False
-        if prediction is not None and getattr(item, "answer_type", None) == "regex":
+        if prediction is not None and item.answer_type == "regex":
             verdict = regex_match(prediction, item.answers, regex_seconds)
             correct = verdict.matched
             invalid.extend({"question": text, "pattern": pattern} for pattern in verdict.invalid)

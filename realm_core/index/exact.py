@@ -19,6 +19,7 @@ from realm_core.errors import ConfigError, DataError
 
 _SPARE = 8  # proposals beyond k; enough that one matrix product settles almost every query
 _SLICE = 1 << 23  # float64 numbers held at once while pairs are scored (64 MiB)
+_SETTLE_ROWS = 8192  # vectors looked at together in the second pass
 _UNIT = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-6}  # what torch's settings add to the error
 
 
@@ -137,27 +138,29 @@ def _settle(query_QD: Tensor, vectors: Tensor, found_Qk: Tensor, chunk: int, nor
     `found_Qk` holds true scores of k rows, so its last column bounds the k-th best score from below.
     """
     k, query64_QD = found_Qk.shape[1], query_QD.double()
-    # A row belongs to the result only if its rounded score reaches the floor; float64 leaves room for rounding alone.
     slack_Q = query64_QD.norm(dim=1) * norm * (query_QD.shape[1] + 4) * 2.0**-52 + 2.0**-149
-    found: list[tuple[Tensor, Tensor]] = [
-        (query_QD.new_empty((1, 0)), _no_rows(query_QD, 0)[:1]) for _ in range(len(query_QD))
-    ]
-    floor_Q = found_Qk[:, -1].double()
-    for start in range(0, len(vectors), chunk):
-        block_BD = vectors[start : start + chunk].double()
+    best = [(found_Qk.new_empty((1, 0)), _no_rows(found_Qk[:1], 0)) for _ in range(len(found_Qk))]
+    reach_Q = _halfway(found_Qk[:, -1], -torch.inf) - slack_Q
+    for start in range(0, len(vectors), step := min(chunk, _SETTLE_ROWS)):
+        block_BD = vectors[start : start + step].double()
         with torch.autocast(vectors.device.type, enabled=False):
-            score_QB = query64_QD @ block_BD.T
-        reach_QB = score_QB >= (floor_Q - floor_Q.abs() * 2.0**-23 - slack_Q)[:, None]
-        for i in reach_QB.any(dim=1).nonzero()[:, 0].tolist():
-            at_C = reach_QB[i].nonzero()[:, 0]
-            scores = torch.cat([_pairs_of_one(query_QD[i], block_BD, part) for part in at_C.split(chunk)])
-            found[i] = merge_topk([found[i], (scores[None], at_C[None] + start)], k)
-    return torch.cat([scores for scores, _ in found]), torch.cat([rows for _, rows in found])
+            may_QB = query64_QD @ block_BD.T >= reach_Q[:, None]
+        for i in may_QB.any(dim=1).nonzero()[:, 0].tolist():
+            at_C = may_QB[i].nonzero()[:, 0]
+            best[i] = merge_topk([best[i], (_scores_of(query_QD[i], block_BD, at_C)[None], at_C[None] + start)], k)
+            if best[i][0].shape[1] == k:  # later rows lose every tie, so they must do better than the k-th
+                reach_Q[i] = _halfway(best[i][0][0, -1], torch.inf) - slack_Q[i]
+    return torch.cat([scores for scores, _ in best]), torch.cat([rows for _, rows in best])
 
 
-def _pairs_of_one(query_D: Tensor, block_BD: Tensor, at_C: Tensor) -> Tensor:
-    step = max(1, _SLICE // max(1, len(query_D)))
-    return torch.cat([pair_scores(query_D[None], block_BD[part][None])[0] for part in at_C.split(step)])
+def _halfway(score: Float[Tensor, "*B"], towards: float) -> Float[Tensor, "*B"]:
+    """The float64 number halfway to the neighbouring float32: what rounds to `score` or beyond lies on the far side."""
+    return (score.double() + torch.nextafter(score, torch.full_like(score, towards)).double()) / 2
+
+
+def _scores_of(query_D: Tensor, block_BD: Tensor, at_C: Tensor) -> Tensor:
+    parts = at_C.split(max(1, _SLICE // len(query_D)))
+    return torch.cat([pair_scores(query_D[None], block_BD[part][None])[0] for part in parts])
 
 
 def _coarse_error(query_QD: Tensor) -> float:

@@ -1,6 +1,6 @@
 """How close an index comes to exact search, and how far two index versions lie apart."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from realm_core.index.snapshot import as_tensor
 _ROWS = 65536
 
 
+@runtime_checkable
 class Searchable(Protocol):
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]: ...
 

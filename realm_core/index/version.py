@@ -43,14 +43,17 @@ class IndexVersion:
 
     def search(self, queries: Sequence[Ids], k: int, length: int | None) -> Int[np.ndarray, "Q k"]:
         """Rows of the k best blocks of each query (wordpiece ids), best first; fewer columns in a smaller corpus."""
-        return self.search_vectors(self.embed(queries, length), k)
+        return self.search_vectors(self.embed(queries, length), k)[1]
 
     def embed(self, queries: Sequence[Ids], length: int | None) -> Float[np.ndarray, "Q D"]:
         return embed_queries(self.retriever, queries, tokenizer=self.tokenizer, length=length, device=self.device)
 
-    def search_vectors(self, vectors: Float[np.ndarray, "Q D"], k: int) -> Int[np.ndarray, "Q k"]:
-        _, rows = self.search_index.search(torch.from_numpy(vectors), k)
-        return rows.numpy()
+    def search_vectors(
+        self, vectors: Float[np.ndarray, "Q D"], k: int
+    ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
+        """(scores, rows) of the k best blocks of each query vector."""
+        scores, rows = self.search_index.search(torch.from_numpy(vectors), k)
+        return scores.numpy(), rows.numpy()
 
 
 def open_version(index: Path, *, checkpoint: Path, corpus: Path, device: Device) -> IndexVersion:

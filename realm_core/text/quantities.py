@@ -60,11 +60,6 @@ def date_spans(text: str) -> list[tuple[int, int, str]]:
     return [(match.start(), match.end(), "DATE") for match in _DATE.finditer(text)]
 
 
-def without_dates(text: str) -> str:
-    """The text with every date overwritten by zeros; offsets stay."""
-    return _DATE.sub(lambda match: "0" * len(match.group()), text)
-
-
 def number_spans(text: str) -> list[tuple[int, int, str]]:
     """Numbers together with their unit, currency or percent sign."""
     return [(match.start(), match.end(), "QUANTITY") for match in _NUMBER.finditer(text)]

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from realm_core.errors import ConfigError
 from realm_core.text.names import name_spans
-from realm_core.text.quantities import date_spans, number_spans, without_dates
+from realm_core.text.quantities import date_spans, number_spans
 
 LabelledSpan = tuple[int, int, str]  # start and right-exclusive stop in characters, label
 
@@ -34,8 +34,10 @@ class RuleTagger:
 
     def spans(self, text: str) -> list[LabelledSpan]:
         """Spans in order of their start, not overlapping."""
+        dates = date_spans(text)
         # Names lie beside the dates: in "… in the United States July 18, 2018" the month is no part of the name.
-        return merge_spans([*date_spans(text), *number_spans(text), *name_spans(without_dates(text))])
+        undated = _blank_out(text, dates)
+        return merge_spans([*dates, *number_spans(text), *name_spans(undated)])
 
 
 class SpacyTagger:
@@ -91,6 +93,15 @@ def make_tagger(name: str) -> Tagger:
     if kind == "spacy":
         return SpacyTagger(model) if model else SpacyTagger()
     raise ConfigError(f"tagger {name!r} is unknown; choose 'rules', 'spacy' or 'spacy:<model>'")
+
+
+def _blank_out(text: str, spans: Sequence[LabelledSpan]) -> str:
+    """The text with the spans overwritten by zeros; offsets stay."""
+    parts, end = [], 0
+    for start, stop, _ in spans:
+        parts += [text[end:start], "0" * (stop - start)]
+        end = stop
+    return "".join([*parts, text[end:]])
 
 
 def merge_spans(spans: Iterable[LabelledSpan]) -> list[LabelledSpan]:

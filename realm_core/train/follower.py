@@ -13,7 +13,7 @@ from pathlib import Path
 
 from realm_core.artifacts.publish import append_durably, read_json_lines
 from realm_core.artifacts.store import Live, Store
-from realm_core.errors import ArtifactError, RealmError
+from realm_core.errors import RealmError
 from realm_core.index.version import IndexVersion, open_version
 from realm_core.model.device import Device
 
@@ -101,16 +101,9 @@ class IndexFollower:
         return names[-1] if names else None
 
     def _open(self, name: str) -> IndexVersion:
-        manifest = self.store.manifest("indexes", name)
-        corpus = self.store.find(manifest.parents["corpus"])
-        if corpus is None:
-            raise ArtifactError(f"{self.store.home}: the corpus of index {name} is gone; restore it")
-        return open_version(
-            self.store.path("indexes", name),
-            checkpoint=self.store.path("checkpoints", name),
-            corpus=corpus,
-            device=self.device,
-        )
+        index = self.store.path("indexes", name)
+        checkpoint, corpus = (self.store.parent(index, role) for role in ("checkpoint", "corpus"))
+        return open_version(index, checkpoint=checkpoint, corpus=corpus, device=self.device)
 
 
 @dataclass

@@ -97,7 +97,9 @@ def test_sentences_end_at_full_stops_but_not_after_abbreviations(splitter: str) 
 
 
 @pytest.mark.parametrize("splitter", ["syntok", "simple"])
-@pytest.mark.parametrize("text", ["", " \n\t ", "\x00", "...", "a" * 50_000, "." * 50_000, "\n" * 50_000, "x. " * 9_000])
+@pytest.mark.parametrize(
+    "text", ["", " \n\t ", "\x00", "...", "a" * 50_000, "." * 50_000, "\n" * 50_000, "x. " * 9_000]
+)
 def test_odd_texts_are_split_without_losing_a_character(splitter: str, text: str) -> None:
     ranges = split_sentences(text, splitter)
     assert "".join("".join(text[start:stop].split()) for start, stop in ranges) == "".join(text.split())

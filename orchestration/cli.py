@@ -1,0 +1,152 @@
+"""The installed `realm`: the library's commands, and those that run the operation."""
+
+import json
+import time
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from realm_core import cli
+from realm_core.cli import HOME, AsJson, Home, Params, Profile, Set
+from realm_core.config import load_config
+
+app = cli.app
+train_app = typer.Typer(help="The detached trainer of a home.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+RunName = Annotated[str, typer.Option(help="Name of the training run.")]
+
+
+@app.command()
+def demo(
+    home: Home = HOME,
+    params: Params = None,
+    profile: Profile = "demo",
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """The main job on the bundled encyclopedia: from documents to a live index, with a real Dagster instance."""
+    with (
+        as_file(files("realm_core.sample") / "encyclopedia.jsonl") as corpus,
+        as_file(files("realm_core.sample") / "questions.jsonl") as questions,
+    ):
+        _main_job(home, params, profile, set_, as_json, corpus, questions)
+
+
+@app.command()
+def run(
+    corpus: Annotated[Path, typer.Option(help="Documents, one JSON object a line with title and text (.gz too).")],
+    questions: Annotated[Path, typer.Option(help="Questions, one JSON object a line with question and answers.")],
+    home: Home = HOME,
+    params: Params = None,
+    profile: Profile = "demo",
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """The main job on your own documents and questions.
+
+    Example: realm run --corpus docs.jsonl --questions questions.jsonl --home my-realm
+    """
+    _main_job(home, params, profile, set_, as_json, corpus, questions)
+
+
+@app.command()
+def up(
+    home: Home = HOME,
+    port: Annotated[int, typer.Option(help="Port of the Dagster UI.")] = 3000,
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow.")] = 5000,
+) -> None:
+    """Dagster's UI and daemon, and MLflow, on loopback, until Ctrl-C."""
+    from orchestration import services
+    from realm_core.artifacts.store import Store
+
+    Store.open(home)
+    services.prepare(home)
+    services.require_free(port, "the Dagster UI")
+    services.require_free(mlflow_port, "MLflow")
+    started: list[services.Service] = []
+    try:
+        for start in (
+            lambda: services.daemon(home),
+            lambda: services.webserver(home, port),
+            lambda: services.mlflow_server(home, mlflow_port),
+        ):
+            started.append(start())
+        print(f"Dagster  http://{services.LOOPBACK}:{port}\nMLflow   http://{services.LOOPBACK}:{mlflow_port}")
+        print(f"home     {home.resolve()}, logs in {home / 'logs'}; Ctrl-C ends all", flush=True)
+        while True:
+            for service in started:
+                service.require_alive()
+            time.sleep(1)
+    finally:
+        for service in reversed(started):
+            service.stop()
+
+
+@train_app.command("start")
+def train_start(home: Home = HOME, run: RunName = "r1") -> None:
+    """Start, or continue, a training run as a process of its own."""
+    from orchestration import trainer
+
+    print(trainer.start(home, run))
+
+
+@train_app.command("stop")
+def train_stop(home: Home = HOME, run: RunName = "r1") -> None:
+    """Ask the trainer to end at its next step border."""
+    from orchestration import trainer
+
+    trainer.stop(home, run)
+    print(f"trainer of {run} is not running")
+
+
+@train_app.command("status")
+def train_status(home: Home = HOME, run: RunName = "r1", as_json: AsJson = False) -> None:
+    """Whether the trainer runs, and its last step."""
+    from orchestration import report, trainer
+    from realm_core.artifacts.store import Store
+
+    store = Store.open(home)
+    steps = report.steps_of(store, run)
+    status = {"run": run, "process": trainer.alive(home, run), "last_step": steps[-1] if steps else None}
+    status["checkpoints"] = store.checkpoints(run)
+    print(json.dumps(status) if as_json else "\n".join(f"{key}: {value}" for key, value in status.items()))
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    cli.run(app)
+
+
+def _main_job(
+    home: Path,
+    params: Path | None,
+    profile: str,
+    overrides: list[str] | None,
+    as_json: bool,
+    corpus: Path,
+    questions: Path,
+) -> None:
+    from rich.console import Console
+
+    from orchestration import main_job
+    from realm_core.errors import DataError
+    from realm_core.evaluate.report import rich_table
+
+    for path in (corpus, questions):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; pass a JSON-lines file")
+    config = load_config(params, profile, overrides or ())
+    report = main_job.run(home, config, profile, corpus, questions)
+    if as_json:
+        print(json.dumps(report))
+        return
+    Console().print(rich_table(report))
+    print(f"report: {home / 'report.md'}, {home / 'report.json'}")
+    for command, what in main_job.next_steps(home).items():
+        print(f"  {command:<32} {what}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The report of a training run, gathered from the store, Dagster's event log and the tracker."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from orchestration import services
+from orchestration.resources.tracking import tracker_for
+from realm_core.artifacts.manifest import Manifest
+from realm_core.artifacts.publish import read_json_lines
+from realm_core.artifacts.store import Store, checkpoint_key, parse_key
+
+SENSOR_TAG = "dagster/sensor_name"
+SCHEDULE_TAG = "dagster/schedule_name"
+
+
+def collect(store: Store, run: str, instance: dg.DagsterInstance, seconds: float) -> dict[str, Any]:
+    """Everything `report.json` holds; its keys are a promise to other programs."""
+    live = store.live()
+    tracker = tracker_for(store.home)
+    swaps = read_json_lines(store.trainer(run) / "swaps.jsonl")
+    keys = [key for key in store.names("indexes") if parse_key(key)[0] == run]
+    return {
+        "seconds": round(seconds, 1),
+        "index_versions": [_version(store, key, instance, swaps) for key in keys],
+        "live": {"checkpoint": live.index, "index_digest": live.index_digest} if live else None,
+        "swaps": [{"step": swap["step"], "index_digest": swap["index_digest"]} for swap in swaps],
+        "qa": {
+            "bm25": _scores(store, "bm25"),
+            "ict": _scores(store, checkpoint_key(run, 0)),
+            "realm": _scores(store, live.index) if live and parse_key(live.index)[1] > 0 else _no_scores(),
+        },
+        "dagster_home": str(services.dagster_home(store.home)),
+        "mlflow": {"tracking_uri": tracker.uri, "run_id": tracker.run_id(run)},
+        "training": _training(store, run),
+    }
+
+
+def triggered_by(instance: dg.DagsterInstance, run_id: str | None) -> str | None:
+    """`sensor:NAME` or `schedule:NAME`, else `person`; None if the run is not in this instance."""
+    found = instance.get_run_by_id(run_id) if run_id else None
+    if found is None:
+        return None
+    for tag, kind in ((SENSOR_TAG, "sensor"), (SCHEDULE_TAG, "schedule")):
+        if tag in found.tags:
+            return f"{kind}:{found.tags[tag]}"
+    return "person"
+
+
+def _version(store: Store, key: str, instance: dg.DagsterInstance, swaps: list[dict]) -> dict[str, Any]:
+    index = store.manifest("indexes", key)
+    step = int(index.facts["step"])
+    verdict = store.manifest("verdicts", key) if store.has("verdicts", key) else None
+    metrics = store.manifest("evaluations", key).facts["metrics"] if store.has("evaluations", key) else {}
+    live = store.live()
+    served = next((swap["step"] for swap in swaps if swap["index_digest"] == index.digest), None)
+    return {
+        "checkpoint": key,
+        "step": step,
+        "index_digest": index.digest,
+        "dagster_run_id": index.record.get("dagster_run_id"),
+        "triggered_by": triggered_by(instance, index.record.get("dagster_run_id")),
+        "recall_vs_exact": verdict.facts["recall_vs_exact"] if verdict else None,
+        "recall_at_5": metrics.get("recall_at_5"),
+        "exact_match": metrics.get("exact_match"),
+        "age_steps": None if served is None else served - step,
+        "null_probability": store.manifest("checkpoints", key).facts["metrics"].get("null_probability"),
+        "live": live is not None and live.index_digest == index.digest,
+        "verdict": _verdict(verdict),
+    }
+
+
+def _verdict(verdict: Manifest | None) -> str:
+    if verdict is None:
+        return "not qualified"
+    failed = [name for name, finding in verdict.facts["findings"].items() if not finding["passed"]]
+    return f"refused: {', '.join(failed)}" if failed else "passed"
+
+
+def _scores(store: Store, name: str) -> dict[str, Any]:
+    if not store.has("results", name):
+        return _no_scores()
+    metrics = store.manifest("results", name).facts["metrics"]
+    return {key: metrics.get(key) for key in _no_scores()}
+
+
+def _no_scores() -> dict[str, Any]:
+    return dict.fromkeys(("recall_at_5", "recall_at_20", "exact_match"))
+
+
+def _training(store: Store, run: str) -> dict[str, Any]:
+    """How long the trainer computed and how long it stood still for index swaps, in seconds."""
+    records = [store.manifest("checkpoints", key).record for key in store.names("checkpoints") if parse_key(key)[0] == run]
+    return {
+        "run": run,
+        "seconds": round(sum(record.get("train_seconds", 0.0) for record in records), 2),
+        "stalled_seconds": round(sum(record.get("stall_seconds", 0.0) for record in records), 2),
+    }
+
+
+def steps_of(store: Store, run: str) -> list[dict[str, Any]]:
+    """Rows of the step log, the last one where a step was repeated after a crash."""
+    rows: dict[int, dict[str, Any]] = {}
+    for row in read_json_lines(Path(store.trainer(run)) / "steps.jsonl"):
+        rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]

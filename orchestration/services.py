@@ -1,0 +1,145 @@
+"""Services on loopback: Dagster's daemon and webserver, MLflow's server. Started, watched, and always ended."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from orchestration.resources.tracking import default_uri
+from realm_core.errors import ArtifactError, BusyError, RealmError
+
+LOOPBACK = "127.0.0.1"
+_DAGSTER_YAML = """\
+# Written once by realm; edit it as you like. SQLite in this folder is the default storage.
+telemetry: {enabled: false}
+concurrency:
+  runs: {max_concurrent_runs: 4}
+  pools: {granularity: run, default_limit: 1}
+run_monitoring: {enabled: true, start_timeout_seconds: 180, poll_interval_seconds: 30}
+run_retries: {enabled: true, max_retries: 1, retry_on_asset_or_op_failure: false}
+retention: {sensor: {purge_after_days: {skipped: 2, success: -1}}}
+"""
+
+
+def dagster_home(home: Path) -> Path:
+    return home.resolve() / "dagster"
+
+
+def prepare(home: Path) -> None:
+    """Create the Dagster instance folder of a home."""
+    folder = dagster_home(home)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = folder / "dagster.yaml"
+        if not settings.exists():
+            settings.write_text(_DAGSTER_YAML, encoding="utf-8")
+        (home / "logs").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{home}: cannot be written ({error.strerror}); choose another --home") from None
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Environment of every process that works on this home."""
+    return {
+        **os.environ,
+        "REALM_HOME": str(home.resolve()),
+        "DAGSTER_HOME": str(dagster_home(home)),
+        "DAGSTER_DISABLE_TELEMETRY": "1",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    }
+
+
+def require_free(port: int, what: str) -> None:
+    """Raise BusyError if something listens on the loopback port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            raise BusyError(f"port {port} for {what} is in use; pass another one or stop what listens there") from None
+
+
+def dagster(*arguments: str) -> list[str]:
+    """Command line of a Dagster tool of this very environment."""
+    return [sys.executable, "-m", *arguments, "-m", "orchestration.definitions"]
+
+
+class Service:
+    """A child in a process group of its own, so that ending it ends its children too."""
+
+    def __init__(self, name: str, command: list[str], home: Path, extra: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self.log = home / "logs" / f"{name}.log"
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                env={**environment(home), **(extra or {})},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def require_alive(self) -> None:
+        """Raise RealmError with the place of the log if the service ended by itself."""
+        if (code := self.process.poll()) is not None:
+            raise RealmError(f"{self.name} ended with code {code}; see {self.log}")
+
+    def stop(self, patience: float = 15.0) -> None:
+        """Ask the group to end, then end it."""
+        for signum, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signum)
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline and _group_alive(self.process):
+                time.sleep(0.1)
+            if not _group_alive(self.process):
+                return
+
+
+@contextmanager
+def running(*services: Service) -> Iterator[None]:
+    """Keep services for the length of a block; an error or Ctrl-C ends them too."""
+    try:
+        yield
+    finally:
+        for service in reversed(services):
+            service.stop()
+
+
+def daemon(home: Path) -> Service:
+    """Dagster's daemon: sensors, schedules, the run queue."""
+    return Service("daemon", dagster("dagster._daemon", "run"), home)
+
+
+def webserver(home: Path, port: int) -> Service:
+    """Dagster's web interface."""
+    require_free(port, "the Dagster UI")
+    command = dagster("dagster_webserver", "--host", LOOPBACK, "--port", str(port))
+    return Service("webserver", command, home)
+
+
+def mlflow_server(home: Path, port: int) -> Service:
+    """MLflow's web interface on the home's database."""
+    require_free(port, "MLflow")
+    (home / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1",
+        "--backend-store-uri", default_uri(home),
+        "--artifacts-destination", str((home / "mlflow" / "artifacts").resolve()),
+    ]  # fmt: skip
+    return Service("mlflow", command, home)
+
+
+def _group_alive(process: subprocess.Popen) -> bool:
+    process.poll()  # collect the leader, so that only living members keep the group
+    try:
+        os.killpg(process.pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True

@@ -1,0 +1,372 @@
+"""One subcommand a stage. Results go to standard output (JSON with --json), progress and errors to standard error.
+
+Exit codes: 0 done, 1 a verification failed, 2 something an operator can mend, 130 interrupted.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from realm_core.artifacts.manifest import Manifest
+from realm_core.config import load_config
+from realm_core.errors import DataError, RealmError
+from realm_core.ports import JsonLinesSink, MetricSink, NullSink
+
+Params = Annotated[Path | None, typer.Option(help="Settings file; ./params.yaml or the packaged one by default.")]
+Profile = Annotated[str, typer.Option(help="Which profile of the settings file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override: section.key=value. May be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Out = Annotated[Path, typer.Option(help="Folder to create; it must not exist with another content.")]
+Home = Annotated[Path, typer.Option(help="Home folder of the operation.", envvar="REALM_HOME")]
+Metrics = Annotated[Path | None, typer.Option(help="Append metrics to this JSON-lines file while the stage runs.")]
+HOME = Path(".realm")
+
+app = typer.Typer(
+    name="realm",
+    help="REALM as a running operation: retriever and reader that learn together, an index that follows.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+corpus_app = typer.Typer(help="Documents to shards of tokenised blocks.", no_args_is_help=True)
+app.add_typer(corpus_app, name="corpus")
+
+
+@corpus_app.command("build")
+def corpus_build(
+    input: Annotated[Path, typer.Option(help="Documents, one JSON object a line with title and text (.gz too).")],
+    out: Out,
+    source: Annotated[str, typer.Option(help="Format of the input.")] = "jsonl",
+    params: Params = None,
+    profile: Profile = "demo",
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pack documents into blocks, tokenise them, and find their salient spans.
+
+    Example: realm corpus build --input docs.jsonl --out build/corpus
+    """
+    from realm_core.corpus.readers import READERS
+    from realm_core.stages import corpus
+
+    if source not in READERS:
+        raise DataError(f"--source {source}: unknown; choose one of {', '.join(READERS)}")
+    config = load_config(params, profile, set_ or ())
+    show(corpus.run(config, source=input, out=out, sink=NullSink(), source_format=source), as_json)
+
+
+@corpus_app.command("show")
+def corpus_show(
+    folder: Annotated[Path, typer.Argument(help="A corpus folder.")],
+    title: Annotated[str, typer.Option(help="Title of the document.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print the blocks of one document."""
+    from realm_core.artifacts.manifest import open_artifact
+    from realm_core.corpus.shards import Corpus
+
+    open_artifact(folder, "corpus")
+    blocks = Corpus.open(folder)
+    found = [block for row in range(len(blocks)) if (block := blocks.block(row)).title == title]
+    if not found:
+        raise DataError(f"{folder}: no document titled {title!r}; titles are compared letter by letter")
+    if as_json:
+        print(json.dumps([{"block_id": block.block_id, "text": block.text} for block in found], ensure_ascii=False))
+    for block in () if as_json else found:
+        print(f"{block.block_id}  {len(block.token_ids)} wordpieces, {len(block.spans)} spans\n{block.text}\n")
+
+
+@app.command()
+def questions(
+    input: Annotated[Path, typer.Option(help="Questions, one JSON object a line with question and answers.")],
+    out: Out,
+    params: Params = None,
+    profile: Profile = "demo",
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Split a question file into train, dev and test."""
+    from realm_core.stages import questions as stage
+
+    show(stage.run(load_config(params, profile, set_ or ()), source=input, out=out, sink=NullSink()), as_json)
+
+
+@app.command()
+def ict(
+    corpus: Annotated[Path, typer.Option(help="A corpus folder.")],
+    out: Out,
+    metrics: Metrics = None,
+    params: Params = None,
+    profile: Profile = "demo",
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Warm start: inverse cloze task for the retriever, masked-LM warm-up for the encoder."""
+    from realm_core.stages import ict as stage
+
+    show(stage.run(load_config(params, profile, set_ or ()), corpus=corpus, out=out, sink=_sink(metrics)), as_json)
+
+
+@app.command()
+def pretrain(
+    home: Home = HOME,
+    run: Annotated[str, typer.Option(help="Name of the training run; it is resumed if it has checkpoints.")] = "r1",
+    until: Annotated[int | None, typer.Option(help="Stop after this step.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """REALM pre-training in this process, with the home's settings; follows the live index and leaves rolling checkpoints."""
+    from realm_core.artifacts.store import Store
+    from realm_core.stages import pretrain as stage
+
+    store = Store.open(home)
+    manifest = stage.run(
+        store.config(),
+        store=store,
+        training_run=run,
+        corpus=store.newest("corpus"),
+        start=store.newest("ict"),
+        until=until,
+        sink=NullSink(),
+    )
+    show(manifest, as_json)
+
+
+@app.command()
+def reembed(
+    checkpoint: Annotated[Path, typer.Option(help="An ICT or REALM checkpoint folder.")],
+    corpus: Annotated[Path, typer.Option(help="A corpus folder.")],
+    out: Out,
+    params: Params = None,
+    profile: Profile = "demo",
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Embed every block with one checkpoint; a killed pass resumes."""
+    from realm_core.stages import reembed as stage
+
+    config = load_config(params, profile, set_ or ())
+    show(stage.run(config, checkpoint=checkpoint, corpus=corpus, out=out, sink=NullSink()), as_json)
+
+
+@app.command()
+def index(
+    snapshot: Annotated[Path, typer.Option(help="A snapshot folder.")],
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint the snapshot was made with.")],
+    corpus: Annotated[Path, typer.Option(help="The corpus the snapshot was made from.")],
+    out: Out,
+    params: Params = None,
+    profile: Profile = "demo",
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build the search structure over a snapshot's vectors."""
+    from realm_core.stages import index as stage
+
+    config = load_config(params, profile, set_ or ())
+    show(
+        stage.run(config, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus, out=out, sink=NullSink()), as_json
+    )
+
+
+@app.command()
+def qualify(
+    index: Annotated[Path, typer.Option(help="An index folder.")],
+    snapshot: Annotated[Path, typer.Option(help="Its snapshot.")],
+    checkpoint: Annotated[Path, typer.Option(help="Its checkpoint.")],
+    corpus: Annotated[Path, typer.Option(help="Its corpus.")],
+    out: Out,
+    params: Params = None,
+    profile: Profile = "demo",
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Verify an index version and write the verdict; exit code 1 if it may not go live."""
+    from realm_core.stages import qualify as stage
+
+    config = load_config(params, profile, set_ or ())
+    verdict = stage.run(config, index=index, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus, out=out)
+    show(verdict, as_json)
+    if not verdict.facts["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="Name of an index version of the home.")],
+    home: Home = HOME,
+    reason: Annotated[str, typer.Option(help="Why; kept in the pointer's history.")] = "by hand",
+    allow_older: Annotated[bool, typer.Option(help="Roll back to an older step.")] = False,
+) -> None:
+    """Make an index version live, if the gate agrees."""
+    from realm_core.artifacts.store import Store
+    from realm_core.stages import promote as stage
+
+    store = Store.open(home)
+    live = stage.run(store.config(), store=store, name=version, reason=reason, allow_older=allow_older)
+    print(f"live: {live.index} {live.index_digest[:12]}, generation {live.generation}")
+
+
+@app.command()
+def finetune(
+    checkpoint: Annotated[Path, typer.Option(help="An ICT or REALM checkpoint folder.")],
+    corpus: Annotated[Path, typer.Option(help="A corpus folder.")],
+    questions: Annotated[Path, typer.Option(help="A question set folder.")],
+    out: Out,
+    index: Annotated[Path | None, typer.Option(help="Frozen index; without it BM25 retrieves.")] = None,
+    snapshot: Annotated[Path | None, typer.Option(help="The snapshot behind the index.")] = None,
+    metrics: Metrics = None,
+    params: Params = None,
+    profile: Profile = "demo",
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune question tower and reader for open-domain QA."""
+    from realm_core.stages import finetune as stage
+
+    if index is not None and snapshot is None:
+        raise DataError("--index needs --snapshot: fine-tuning reads the block vectors; pass the snapshot behind the index")
+    manifest = stage.run(
+        load_config(params, profile, set_ or ()),
+        index=index,
+        snapshot=snapshot,
+        checkpoint=checkpoint,
+        corpus=corpus,
+        questions=questions,
+        out=out,
+        sink=_sink(metrics),
+    )
+    show(manifest, as_json)
+
+
+@app.command()
+def evaluate(
+    reader: Annotated[Path, typer.Option(help="A fine-tuned reader folder.")],
+    reader_start: Annotated[Path, typer.Option(help="The checkpoint it was fine-tuned from.")],
+    corpus: Annotated[Path, typer.Option(help="A corpus folder.")],
+    questions: Annotated[Path, typer.Option(help="A question set folder.")],
+    out: Out,
+    index: Annotated[Path | None, typer.Option(help="Index version; without it BM25 retrieves.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint behind the index.")] = None,
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "dev",
+    params: Params = None,
+    profile: Profile = "demo",
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recall@k and exact match of one split."""
+    from realm_core.stages import evaluate as stage
+    from realm_core.stages.questions import SPLITS
+
+    if split not in SPLITS:
+        raise DataError(f"--split {split}: unknown; choose one of {', '.join(SPLITS)}")
+    if (index is None) != (checkpoint is None):
+        raise DataError("--index and --checkpoint come together: questions are embedded by the index's own checkpoint")
+    manifest = stage.run(
+        load_config(params, profile, set_ or ()),
+        index=index,
+        checkpoint=checkpoint,
+        reader=reader,
+        reader_start=reader_start,
+        corpus=corpus,
+        questions=questions,
+        split=split,
+        out=out,
+        sink=NullSink(),
+    )
+    show(manifest, as_json)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="A question in plain words.")],
+    home: Home = HOME,
+    k: Annotated[int, typer.Option(help="How many passages to show.", min=1)] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question from the live index, with the passage it was read from and the index version."""
+    from realm_core.answer import Answerer
+    from realm_core.artifacts.store import Store
+
+    answer = Answerer.open(Store.open(home)).ask(question, k)
+    if as_json:
+        print(json.dumps(answer.to_dict(), ensure_ascii=False))
+        return
+    print(answer.answer or "(no answer found)")
+    if answer.evidence:
+        print(f"\n  {answer.evidence.title}\n  {answer.evidence.text}")
+    print(f"\n  index {answer.index} {answer.index_digest[:12]}, reader {answer.reader}")
+    for passage in answer.passages:
+        print(f"  {passage.score:8.3f}  {passage.title}: {passage.text[:90]}…")
+
+
+@app.command()
+def lineage(
+    version: Annotated[str | None, typer.Argument(help="Index, checkpoint or digest; the live index by default.")] = None,
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """From which checkpoint, corpus, code and runs a version came, down to the corpus shards; read from manifests alone."""
+    from realm_core.artifacts import lineage as walk
+    from realm_core.artifacts.store import Store
+
+    store = Store.open(home)
+    nodes = walk.walk(store, *walk.locate(store, version))
+    print(json.dumps(walk.to_json(nodes), ensure_ascii=False) if as_json else walk.render(nodes))
+
+
+def show(manifest: Manifest, as_json: bool) -> None:
+    """Print what a stage made."""
+    if as_json:
+        print(json.dumps(summary(manifest), ensure_ascii=False))
+        return
+    for key, value in summary(manifest).items():
+        print(f"{key}: {value}")
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """Digest, time and facts of a manifest as one flat object."""
+    return {
+        "stage": manifest.stage,
+        "digest": manifest.digest,
+        "seconds": manifest.record.get("seconds"),
+        **manifest.facts,
+    }
+
+
+def run(application: typer.Typer) -> None:
+    """Run a command line; an operator's error is one line on standard error and exit code 2."""
+    try:
+        code = application(standalone_mode=False)
+    except RealmError as error:
+        _fail(str(error), 2)
+    except typer.Abort:
+        _fail("interrupted", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of the command line parser
+            _fail(error.format_message(), 2)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def main() -> None:
+    """Entry point of the library alone; the installed `realm` adds the operation's commands."""
+    run(app)
+
+
+def _sink(path: Path | None) -> MetricSink:
+    return JsonLinesSink(path) if path else NullSink()
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Open-domain QA fine-tuning: question tower and reader learn on a frozen index (ORQA, Lee et al. 2019, section 5).
+
+With BM25 instead of an index only the reader learns: the paper's sparse baseline.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from realm_core.baselines.bm25 import Bm25
+from realm_core.config import Config
+from realm_core.corpus.shards import Corpus
+from realm_core.data.answers import gold_spans, has_answer
+from realm_core.data.batches import rows_for_step
+from realm_core.data.formats import query_inputs, reader_inputs, stack
+from realm_core.data.questions import Question
+from realm_core.errors import DataError
+from realm_core.index.embed import to_tensors
+from realm_core.index.version import IndexVersion
+from realm_core.model.device import Device
+from realm_core.model.embedder import Retriever
+from realm_core.model.objectives import reader_loss, retriever_loss
+from realm_core.model.reader import Reader, correct_spans, span_candidates
+from realm_core.ports import MetricSink, Progress
+from realm_core.text.tokenizer import Tokenizer
+from realm_core.train.ict import tail_means
+from realm_core.train.update import Updater, seed_of
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """Blocks of one question, best first. `relevance` carries gradient to the question tower; None for BM25."""
+
+    rows: np.ndarray  # "K"
+    relevance: Float[Tensor, " K"] | None
+
+
+class DenseRetrieval:
+    """Searches the frozen vectors with the question tower as it is now."""
+
+    def __init__(self, retriever: Retriever, index: IndexVersion, vectors: np.ndarray, config: Config) -> None:
+        self.retriever, self.index, self.vectors = retriever, index, vectors
+        self.beam = config.reader.searcher_beam
+
+    def __call__(self, questions: Sequence[Sequence[int]], device: Device) -> list[Retrieved]:
+        pad = self.index.tokenizer.pad_id
+        batch = stack([query_inputs(ids, None, self.index.tokenizer) for ids in questions], pad)
+        with device.autocast():
+            embedded = self.retriever.embed_queries(*to_tensors(batch, device)).float()
+        _, rows = self.index.search_vectors(embedded.detach().cpu().numpy(), self.beam)
+        found = torch.from_numpy(np.stack([self.vectors[row] for row in rows])).to(device.torch_device)
+        relevance_QK = torch.einsum("qd,qkd->qk", embedded, found)
+        return [Retrieved(row, relevance) for row, relevance in zip(rows, relevance_QK, strict=True)]
+
+
+def train_reader(
+    reader: Reader,
+    retrieval: DenseRetrieval | None,
+    corpus: Corpus,
+    questions: Sequence[Question],
+    config: Config,
+    device: Device,
+    sink: MetricSink,
+) -> dict[str, float]:
+    """Train the reader, and the question tower of `retrieval` if there is one, in place.
+
+    Returns means over the last tenth. Raises DataError if no question's answer can be found among its retrieved blocks.
+    """
+    settings, tokenizer = config.reader, corpus.tokenizer
+    ids = tokenizer.batch_ids([question.question for question in questions])
+    answer_ids = [tokenizer.batch_ids(question.answers) for question in questions]
+    fixed = None if retrieval else _bm25_rows(corpus, questions, settings.searcher_beam)
+    usable = _answerable(corpus, questions, ids, fixed, retrieval, config, device)
+    modules: dict[str, torch.nn.Module] = {"reader": reader}
+    if retrieval is not None:
+        modules["question_tower"] = retrieval.retriever.query_tower
+    updater = Updater(modules, dict.fromkeys(modules, settings.lr), settings.steps, config.optimizer)
+    bar = Progress("fine-tune reader", settings.steps)
+    history = []
+    for module in modules.values():
+        module.train()
+    for step in range(settings.steps):
+        chosen = usable[rows_for_step(len(usable), settings.batch, step, config.seed)]
+        torch.manual_seed(seed_of(config.seed, "reader", step))
+        found = (
+            retrieval([ids[i] for i in chosen], device)
+            if retrieval
+            else [Retrieved(fixed[i], None) for i in chosen]  # type: ignore[index]
+        )
+        loss, metrics = _batch_loss(
+            reader, corpus, [(questions[i], ids[i], answer_ids[i]) for i in chosen], found, config, device, tokenizer
+        )
+        if loss.requires_grad:
+            updater.apply(loss, step)
+        history.append(metrics)
+        sink.log(step, metrics)
+        bar.update(step + 1, f"loss {metrics['reader/loss']:.3f}")
+    return {**tail_means(history), "reader/usable_questions": float(len(usable))}
+
+
+Asked = tuple[Question, Sequence[int], Sequence[Sequence[int]]]  # question, its wordpieces, those of its answers
+
+
+def _batch_loss(
+    reader: Reader,
+    corpus: Corpus,
+    asked: Sequence[Asked],
+    found: Sequence[Retrieved],
+    config: Config,
+    device: Device,
+    tokenizer: Tokenizer,
+) -> tuple[Tensor, dict[str, float]]:
+    """Mean over the questions of retriever loss + reader loss, each zero where nothing is correct."""
+    settings, length = config.reader, config.lengths.reader
+    beam = min(settings.reader_beam, min(len(item.rows) for item in found))
+    items, gold = [], []
+    for (_, ids, answers), retrieved in zip(asked, found, strict=True):
+        for row in retrieved.rows[:beam]:
+            body = corpus.token_ids(int(row))
+            items.append(reader_inputs(ids, body, length, tokenizer))
+            offset = min(len(ids), length - 3) + 2
+            gold.append(gold_spans(body, answers, offset=offset, kept=max(length - offset - 1, 0)))
+    batch = stack(items, tokenizer.pad_id)
+    tensors = [torch.from_numpy(array).to(device.torch_device) for array in batch]
+    with device.autocast():
+        spans = reader(*tensors)
+    starts, ends = span_candidates(batch.token_ids.shape[1], reader.max_span_width, device.torch_device)
+    correct = correct_spans(starts, ends, *_padded(gold, device))
+    shape = (len(asked), beam)
+    relevance_QK = torch.stack([_relevance(item, beam, device) for item in found])
+    read = reader_loss(
+        spans.score.float().unflatten(0, shape), relevance_QK, correct.unflatten(0, shape), spans.valid.unflatten(0, shape)
+    )
+    retrieve = _retriever_loss(corpus, asked, found, device)
+    hit = (correct & spans.valid).unflatten(0, shape).flatten(start_dim=1).any(dim=1).float().mean()
+    loss = read + retrieve
+    return loss, {
+        "reader/loss": float(read.detach()),
+        "reader/retriever_loss": float(retrieve.detach()),
+        "reader/readable": float(hit),
+    }
+
+
+def _retriever_loss(corpus: Corpus, asked: Sequence[Asked], found: Sequence[Retrieved], device: Device) -> Tensor:
+    losses = []
+    for (question, _, _), retrieved in zip(asked, found, strict=True):
+        if retrieved.relevance is None:
+            return torch.zeros((), device=device.torch_device)
+        correct = [has_answer(text, question.answers) for text in corpus.texts(retrieved.rows.tolist())]
+        losses.append(retriever_loss(retrieved.relevance, torch.tensor(correct, device=device.torch_device)))
+    return torch.stack(losses).mean()
+
+
+def _relevance(retrieved: Retrieved, beam: int, device: Device) -> Tensor:
+    if retrieved.relevance is None:
+        return torch.zeros(beam, device=device.torch_device)
+    return retrieved.relevance[:beam]
+
+
+def _padded(gold: Sequence[np.ndarray], device: Device) -> tuple[Tensor, Tensor]:
+    """Gold starts and ends, padded with -1, "K G" each."""
+    width = max(1, max(len(spans) for spans in gold))
+    padded = np.full((2, len(gold), width), -1, dtype=np.int64)
+    for number, spans in enumerate(gold):
+        padded[:, number, : len(spans)] = spans.T
+    starts, ends = torch.from_numpy(padded).to(device.torch_device)
+    return starts, ends
+
+
+def _bm25_rows(corpus: Corpus, questions: Sequence[Question], beam: int) -> np.ndarray:
+    return bm25_of(corpus).search([question.question for question in questions], beam)[1]
+
+
+def bm25_of(corpus: Corpus) -> Bm25:
+    """BM25 over texts and titles of all blocks."""
+    blocks = [corpus.block(row) for row in range(len(corpus))]
+    return Bm25([block.text for block in blocks], [block.title for block in blocks])
+
+
+def _answerable(
+    corpus: Corpus,
+    questions: Sequence[Question],
+    ids: Sequence[Sequence[int]],
+    fixed: np.ndarray | None,
+    retrieval: DenseRetrieval | None,
+    config: Config,
+    device: Device,
+) -> np.ndarray:
+    """Numbers of the questions that can teach something: an answer stands in a block that is read (BM25) or retrieved at
+    the start (dense). The others have zero loss in the original code; leaving them out saves their forward passes."""
+    usable = []
+    for first in range(0, len(questions), 64):
+        part = range(first, min(first + 64, len(questions)))
+        if fixed is not None:
+            rows = [fixed[i][: config.reader.reader_beam] for i in part]
+        else:
+            assert retrieval is not None
+            with torch.inference_mode():
+                rows = [found.rows for found in retrieval([ids[i] for i in part], device)]
+        for i, found_rows in zip(part, rows, strict=True):
+            if any(has_answer(text, questions[i].answers) for text in corpus.texts(found_rows.tolist())):
+                usable.append(i)
+    if not usable:
+        raise DataError(
+            f"{corpus.folder}: no training question finds its answer among its retrieved blocks; "
+            "check that questions and corpus belong together"
+        )
+    return np.array(usable)
