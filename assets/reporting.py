@@ -18,7 +18,7 @@ CODE_VERSION_TAG = "dagster/code_version"
 @contextmanager
 def stage_run(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> Iterator[None]:
     """Let the stage record this Dagster run, and turn an operator's error into a failure that is not retried."""
-    os.environ["REALM_DAGSTER_RUN_ID"] = context.run_id
+    os.environ["REALM_DAGSTER_RUN_ID"] = context.run.run_id
     try:
         yield
     except RealmError as error:

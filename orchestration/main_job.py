@@ -3,6 +3,7 @@
 A real Dagster instance runs beside a detached trainer. Every refresh after the bootstrap is caused by the checkpoint sensor.
 """
 
+import json
 import os
 import sys
 import time
@@ -53,6 +54,7 @@ def _loop(store: Store, instance: dg.DagsterInstance) -> None:
         try:
             _say("bootstrap: corpus shards, questions, ICT checkpoint, sparse baseline")
             execute(home, instance, ["dagster", "job", "execute", "-j", "bootstrap"])
+            _retry_failed_refresh(store, instance)
             _say(trainer.start(home, RUN))
             _follow(store, instance, daemon)
         finally:
@@ -85,7 +87,10 @@ def failure_text(instance: dg.DagsterInstance, since: float) -> str | None:
             if data and data.user_failure_data and data.user_failure_data.description:
                 return data.user_failure_data.description
             if data and data.error:
-                return f"{entry.step_key}: {data.error.message.strip().splitlines()[-1]}"
+                error = data.error
+                while error.cause is not None:
+                    error = error.cause
+                return f"{entry.step_key}: {error.message.strip()} (run {record.dagster_run.run_id})"
     return None
 
 
@@ -96,10 +101,11 @@ def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.Service
     while True:
         daemon.require_alive()
         _tell_news(store, seen)
-        outcome = trainer.outcome(store.home, RUN)
+        running = trainer.alive(store.home, RUN) is not None or not _was_started(store)
+        outcome = trainer.outcome(store.home, RUN)  # after the look at the process: it writes this before it ends
         if outcome and outcome["error"]:
             raise RealmError(outcome["error"])
-        if outcome is None and trainer.alive(store.home, RUN) is None and _was_started(store):
+        if outcome is None and not running:
             raise RealmError(f"the trainer died; see {store.trainer(RUN) / trainer.LOG}, then run the same command again")
         if outcome is not None:
             deadline = deadline or time.monotonic() + _SETTLE_SECONDS
@@ -110,6 +116,18 @@ def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.Service
         elif failed := _first_refresh_failed(store, instance):
             raise RealmError(failed)
         time.sleep(0.5)
+
+
+def _retry_failed_refresh(store: Store, instance: dg.DagsterInstance) -> None:
+    """The sensor asks for a checkpoint once. When a person starts the job again, what failed before gets another try."""
+    keys = store.checkpoints(RUN)
+    if not keys or store.has("verdicts", keys[-1]):
+        return
+    runs = instance.get_runs(dg.RunsFilter(tags={"realm/checkpoint": keys[-1]}))
+    if runs and all(run.is_finished for run in runs):
+        _say(f"refresh {keys[-1]} again")
+        tags = {"dagster/partition": keys[-1], "realm/checkpoint": keys[-1]}
+        execute(store.home, instance, ["dagster", "job", "execute", "-j", "refresh_index", "--tags", json.dumps(tags)])
 
 
 def _was_started(store: Store) -> bool:

@@ -69,12 +69,11 @@ def _featurizer(section: Section) -> Iterator[Record]:
     tokenizer = Tokenizer(section.file["vocab"])
     for number, case in enumerate(section.content):
         ids, starts, stops = tokenizer.ids_with_offsets(case["text"])
-        offsets = [
-            [_byte(case["text"], start), _byte(case["text"], stop)] for start, stop in zip(starts, stops, strict=True)
-        ]
+        starts, stops = (_bytes_before(case["text"], characters) for characters in (starts, stops))
+        offsets = [list(pair) for pair in zip(starts, stops, strict=True)]
         yield f"{number}/token_ids", ids, case["token_ids"]
         yield f"{number}/token_offsets", offsets, case["token_offsets"]
-        first, last = tokens_within([start for start, _ in offsets], [stop for _, stop in offsets], tuple(case["span"]))
+        first, last = tokens_within(starts, stops, tuple(case["span"]))
         chosen = range(first, last)
         query_len, max_masks = case["query_seq_len"], case["max_masks"]
         query, reason = mask_tokens(ids, chosen, 0, query_len, max_masks, tokenizer.mask_id)
@@ -108,8 +107,9 @@ def _index_features(number: int, case: Any, documents: Sequence[Inputs]) -> Iter
         yield f"{number}/doc_features_tf/{key}", found, [row[key] for row in case["doc_features_tf"]]
 
 
-def _byte(text: str, character: int) -> int:
-    return len(text[:character].encode())
+def _bytes_before(text: str, characters: Sequence[int]) -> list[int]:
+    """Byte offsets in UTF-8, which the original code counts in, of character offsets."""
+    return [len(text[:character].encode()) for character in characters]
 
 
 def _document_uid(section: Section) -> Iterator[Record]:
@@ -186,7 +186,7 @@ def _ict_examples(section: Section) -> Iterator[Record]:
     for number, case in enumerate(section.content):
         block = _IctBlock(case["title_ids"], case["token_ids"], case["sentence_starts"])
         expected = case["result"]
-        examples = [ict_example(block, np.random.default_rng(seed), case["mask_rate"]) for seed in range(200)]
+        examples = [ict_example(block, np.random.default_rng(seed), case["mask_rate"]) for seed in range(100)]
         possible = {example is not None for example in examples}
         yield f"{number}/keep_example", expected["keep_example"] in possible, True
         if not expected["keep_example"]:

@@ -5,7 +5,7 @@ arrays; nothing is tokenised again.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
@@ -34,6 +34,8 @@ class MaskId(Protocol):
 class MaskedQuery:
     """`token_ids`: the sentence without special tokens. `positions` count [CLS], so they index the formatted query.
 
+    `sentence` is the sentence's token range in its block; (0, 0) where a caller masks tokens of no block.
+
     All chosen wordpieces are masked; at most `max_masks` of them are to be predicted.
     """
 
@@ -41,6 +43,7 @@ class MaskedQuery:
     token_ids: Int64[ndarray, "L"]
     positions: Int64[ndarray, "M"]
     targets: Int64[ndarray, "M"]
+    sentence: tuple[int, int] = (0, 0)
 
 
 def masked_query(
@@ -78,7 +81,8 @@ def masked_query(
         chosen = pick(fitting, budget, rng)
     else:
         raise ConfigError(f"masking scheme {scheme!r} is unknown; choose salient, random_token or random_span")
-    return mask_tokens(token_ids[low:high], chosen, row, query_len, max_masks, tokenizer.mask_id)
+    query, reason = mask_tokens(token_ids[low:high], chosen, row, query_len, max_masks, tokenizer.mask_id)
+    return (replace(query, sentence=(low, high)) if query else None), reason
 
 
 def mask_tokens(

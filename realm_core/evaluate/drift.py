@@ -1,6 +1,7 @@
 """How stale an index is: what the retriever would return now against what the index returns, and how old it is."""
 
 from jaxtyping import Float, Int
+from numpy import ndarray
 from torch import Tensor
 
 from realm_core.errors import ConfigError
@@ -9,22 +10,22 @@ from realm_core.index.recall import displacement, overlap
 
 def index_drift(
     *,
-    old_rows: Int[Tensor, "Q k"] | None = None,
-    new_rows: Int[Tensor, "Q k"] | None = None,
-    old_vectors: Float[Tensor, "N D"] | None = None,
-    new_vectors: Float[Tensor, "N D"] | None = None,
+    old_rows: Int[Tensor, "Q k"] | Int[ndarray, "Q k"] | None = None,
+    new_rows: Int[Tensor, "Q k"] | Int[ndarray, "Q k"] | None = None,
+    old_vectors: Float[Tensor, "N D"] | Float[ndarray, "N D"] | None = None,
+    new_vectors: Float[Tensor, "N D"] | Float[ndarray, "N D"] | None = None,
     index_step: int | None = None,
     trainer_step: int | None = None,
     built_at: float | None = None,
     now: float | None = None,
-) -> dict[str, float]:
+) -> dict[str, int | float]:
     """Every measure whose two sides are given.
 
     `top_k_overlap` of two searches for the same queries, the measures of `displacement` for the same blocks (old: the
     encoder behind the index, new: the encoder now), `age_steps` in optimiser steps and `age_seconds`. A clock that went
     back counts as age 0.
     """
-    drift: dict[str, float] = {}
+    drift: dict[str, int | float] = {}
     if old_rows is not None and new_rows is not None:
         drift["top_k_overlap"] = overlap(old_rows, new_rows)
     if old_vectors is not None and new_vectors is not None:

@@ -33,7 +33,7 @@ class IndexVersion(TypedDict, total=False):
     recall_vs_exact: float | None
     recall_at_5: float | None
     exact_match: float | None
-    age_steps: float | None  # how far behind the trainer when it was replaced, or is now
+    age_steps: float | None  # of the encoder behind the trainer when the version was swapped in
     null_probability: float | None
     live: bool
     verdict: str | None

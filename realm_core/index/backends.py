@@ -80,6 +80,7 @@ class ExactIndex:
         return self.vectors.shape[1]
 
     def search(self, queries: Float[Tensor, "Q D"], k: int) -> tuple[Float[Tensor, "Q k"], Int[Tensor, "Q k"]]:
+        require_queries(self, queries, k)
         return exact_search(queries, self.vectors, k, self.params.chunk, self.max_norm)
 
     def to(self, device: torch.device | str) -> "ExactIndex":

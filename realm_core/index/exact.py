@@ -43,7 +43,7 @@ def exact_search(
     if k == 0 or len(queries) == 0:
         return queries.new_empty((len(queries), k), dtype=torch.float32), _no_rows(queries, k)
     coarse_QC, row_QC, norm = _propose(query_QD, vectors, min(k + _SPARE, len(vectors)), chunk, max_norm)
-    score_Qk, row_Qk = merge_topk([(pair_scores(query_QD, vectors[row_QC]), row_QC)], k)
+    score_Qk, row_Qk = merge_topk([(score_rows(query_QD, vectors, row_QC), row_QC)], k)
     if row_QC.shape[1] < len(vectors):
         # Whatever was not proposed has a coarse score of at most the last proposal's.
         slack_Q = _coarse_error(query_QD) * query_QD.norm(dim=1) * norm
@@ -82,18 +82,21 @@ def merge_topk(
     return score_QC.gather(1, best_Qk), row_QC.gather(1, best_Qk)
 
 
+def score_rows(
+    queries: Float[Tensor, "Q D"], vectors: Float[Tensor, "N D"], rows: Int[Tensor, "Q C"]
+) -> Float[Tensor, "Q C"]:
+    """`pair_scores` of every query with rows of `vectors`, gathered a few queries at a time."""
+    step = max(1, _SLICE // max(1, rows.shape[1] * vectors.shape[1]))
+    parts = zip(queries.split(step), rows.split(step), strict=True)
+    return torch.cat([pair_scores(query, vectors[row]) for query, row in parts])
+
+
 def pair_scores(queries: Float[Tensor, "Q D"], candidates: Float[Tensor, "Q C D"]) -> Float[Tensor, "Q C"]:
     """Inner product of every query with its own candidates, in float32.
 
     The same two vectors give the same bits whatever stands around them.
     """
-    count, width = candidates.shape[1:]
-    step = max(1, _SLICE // max(1, count * width))
-    scores = [
-        _tree_sum(queries[i : i + step, None, :].double() * candidates[i : i + step].double())
-        for i in range(0, len(queries), step)
-    ]
-    return torch.cat(scores).float() if scores else candidates.new_empty((0, count), dtype=torch.float32)
+    return _tree_sum(queries[:, None, :].double() * candidates.double()).float()
 
 
 def _tree_sum(terms: Float[Tensor, "*B D"]) -> Float[Tensor, "*B"]:

@@ -33,7 +33,7 @@ from realm_core.index.backends import (
     require_shape,
     write_header,
 )
-from realm_core.index.exact import exact_search, merge_topk, pair_scores
+from realm_core.index.exact import exact_search, merge_topk, score_rows
 from realm_core.index.snapshot import as_tensor, read_matrix, write_matrix
 
 TABLES = "tables.safetensors"
@@ -100,7 +100,7 @@ class AlshIndex:
             if len(at) < k:
                 found = exact_search(query[i : i + 1], self.vectors, k)
             else:
-                found = merge_topk([(pair_scores(query[i : i + 1], self.vectors[at][None]), at[None])], k)
+                found = merge_topk([(score_rows(query[i : i + 1], self.vectors, at[None]), at[None])], k)
             scores[i], rows[i] = found[0][0], found[1][0]
         return scores.to(queries.device), rows.to(queries.device)
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from realm_core.errors import ConfigError
-from realm_core.index.exact import exact_search, pair_scores
+from realm_core.index.exact import exact_search, score_rows
 from realm_core.index.snapshot import as_tensor
 
 _ROWS = 65536
@@ -37,13 +37,16 @@ def recall_against_exact(
     row_QC = index.search(queries, k)[1].to(vectors.device)
     if bool((row_QC < 0).any()) or bool((row_QC >= len(vectors)).any()):
         raise ConfigError(f"the index returns rows outside the {len(vectors)} vectors; it was built from others")
-    found_QC = pair_scores(queries.to(vectors.device), vectors[row_QC]) >= score_Qk[:, -1:].to(vectors.device)
+    found_QC = score_rows(queries.to(vectors.device), vectors, row_QC) >= score_Qk[:, -1:].to(vectors.device)
     hits = (found_QC & ~_repeated(row_QC)).sum(dim=1).clamp(max=score_Qk.shape[1])
     return float(hits.double().mean()) / score_Qk.shape[1]
 
 
-def overlap(rows_a: Int[Tensor, "Q k"], rows_b: Int[Tensor, "Q k"]) -> float:
+def overlap(
+    rows_a: Int[Tensor, "Q _"] | Int[np.ndarray, "Q _"], rows_b: Int[Tensor, "Q _"] | Int[np.ndarray, "Q _"]
+) -> float:
     """Share of rows that two result lists have in common, regardless of order, averaged over queries (1.0 for none)."""
+    rows_a, rows_b = torch.as_tensor(rows_a), torch.as_tensor(rows_b)
     if rows_a.shape != rows_b.shape:
         raise ConfigError(f"overlap of {tuple(rows_a.shape)} with {tuple(rows_b.shape)}; search both with the same k")
     if rows_a.numel() == 0:

@@ -95,7 +95,7 @@ def as_tensor(matrix: Float[ndarray, "N D"] | Float[Tensor, "N D"]) -> Float[Ten
     return torch.from_numpy(np.require(matrix, np.float32, ["C", "W"]))
 
 
-def vector_report(matrix: Float[ndarray, "N D"]) -> dict[str, float]:
+def vector_report(matrix: Float[ndarray, "N D"]) -> dict[str, int | float]:
     """Health of a set of vectors: counts of rows, of finite and of all-zero rows; smallest, mean, largest norm.
 
     Norms are taken over finite rows, and are 0 where there is none.

@@ -77,7 +77,7 @@ class Encoder(nn.Module):
                 f"sequence of {length} wordpieces, but the encoder has max_positions={self.shape.max_positions}: "
                 "shorten the sequence length of the stage or enlarge the encoder"
             )
-        visible_B11L = None if mask is None else mask.bool()[:, None, None, :]
+        visible_B11L = None if mask is None else _visible(mask)
         hidden_BLH = self.embeddings(token_ids, segment_ids)
         *lower, last = self.encoder.layer
         for layer in lower:
@@ -123,6 +123,12 @@ def initialise_bert_weights(module: nn.Module, generator: torch.Generator) -> No
 def gather_positions(hidden: Float[Tensor, "B L H"], positions: Integer[Tensor, "B M"]) -> Float[Tensor, "B M H"]:
     """The vectors at the given positions of each sequence."""
     return hidden.gather(1, positions.long()[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+
+def _visible(mask_BL: Tensor) -> Tensor:
+    """Which keys every query may see. A row of padding sees itself: no kernel then divides by a sum of nothing."""
+    real_BL = mask_BL.bool()
+    return (real_BL | ~real_BL.any(dim=1, keepdim=True))[:, None, None, :]
 
 
 class _Embeddings(nn.Module):

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import SupportsIndex
 
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordPiece
@@ -89,7 +90,7 @@ class Tokenizer:
         encodings = self._backend.encode_batch([encodable(text) for text in texts], add_special_tokens=False)
         return [list(encoding.ids) for encoding in encodings]
 
-    def pieces(self, ids: Iterable[int]) -> list[str]:
+    def pieces(self, ids: Iterable[SupportsIndex]) -> list[str]:
         """The vocabulary entries of the ids."""
         return [self.vocab[number] for number in ids]
 

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from realm_core.errors import ConfigError, DataError
-from realm_core.index.exact import _require_shapes, exact_search, merge_topk, pair_scores, sharded_search
+from realm_core.index import exact
+from realm_core.index.exact import (
+    _require_shapes,
+    exact_search,
+    merge_topk,
+    pair_scores,
+    score_rows,
+    sharded_search,
+)
 
 torch.set_num_threads(1)
 
@@ -102,6 +110,16 @@ def test_faster_matrix_products_and_autocast_change_nothing(precision: str) -> N
             assert equal(exact_search(queries, vectors, 8, 300), expected)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_scoring_rows_in_many_slices_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    queries, vectors = torch.randn(9, 5, generator=draw), torch.randn(40, 5, generator=draw)
+    rows = torch.randint(0, 40, (9, 7), generator=draw)
+    whole = score_rows(queries, vectors, rows)
+    monkeypatch.setattr(exact, "_SLICE", 70)
+    assert torch.equal(score_rows(queries, vectors, rows), whole)
+    assert torch.equal(exact_search(queries, torch.ones(30, 5), 4)[1][0], torch.arange(4))
 
 
 def test_of_many_equal_vectors_the_lowest_rows_win_in_every_chunking() -> None:

@@ -26,7 +26,7 @@ from realm_core.model.objectives import (
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.integers(1, 4)
-examples = settings(max_examples=40, deadline=None)
+examples = settings(max_examples=20, deadline=None)
 
 
 def normal(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
@@ -128,6 +128,28 @@ def test_slots_without_a_mask_never_matter(seed: int) -> None:
     for measure in (marginal_mlm_loss, retrieval_utility, candidate_posterior):
         torch.testing.assert_close(measure(relevance, gold_logp, real), measure(relevance, other, real))
     torch.testing.assert_close(document_utility(gold_logp, real), document_utility(other, real))
+
+
+@examples
+@given(SEEDS)
+def test_a_candidate_of_relevance_minus_infinity_is_as_if_absent(seed: int) -> None:
+    relevance, gold_logp, real = masked_lm(seed, 3, 4, 2)
+    absent = relevance.detach().clone()
+    absent[:, 2] = -math.inf
+    absent.requires_grad_()
+    present = [0, 1, 3]
+    for kind in ("token", "joint"):
+        loss = marginal_mlm_loss(absent, gold_logp, real, kind)
+        expected = marginal_mlm_loss(relevance[:, present], gold_logp[:, present], real, kind)
+        torch.testing.assert_close(loss, expected)
+        (found,) = gradient(loss, absent)
+        torch.testing.assert_close(found[:, present], gradient(expected, relevance)[0][:, present])
+        assert (found[:, 2] == 0).all()
+        assert (candidate_posterior(absent, gold_logp, real, kind)[:, 2] == 0).all()
+    torch.testing.assert_close(
+        retrieval_utility(absent, gold_logp, real),
+        retrieval_utility(relevance[:, present], gold_logp[:, present], real),
+    )
 
 
 def test_a_batch_without_masks_has_zero_loss_and_zero_gradient() -> None:
