@@ -3,6 +3,8 @@
 Dagster's blocking holds only inside one run, so promotion reads the same verdict and refuses by itself.
 """
 
+from collections.abc import Iterator
+
 import dagster as dg
 
 from assets.partitions import REALM_CKPT
@@ -28,7 +30,7 @@ CHECKS = {
 )
 def index_checks(
     context: dg.AssetCheckExecutionContext, store: dg.ResourceParam[Store], tracker: dg.ResourceParam[Tracker]
-):
+) -> Iterator[dg.AssetCheckResult]:
     """Qualify the index version of this partition and show each finding."""
     from realm_core.stages import qualify
 

@@ -35,9 +35,7 @@ def promoted_index(
 
     key = context.partition_key
     with stage_run(context):
-        live = promote.run(
-            store.config(), store=store, name=key, reason=config.reason, allow_older=config.allow_older
-        )
+        live = promote.run(store.config(), store=store, name=key, reason=config.reason, allow_older=config.allow_older)
     context.log_event(
         dg.AssetObservation(
             asset_key=LIVE_POINTER,
@@ -46,7 +44,9 @@ def promoted_index(
         )
     )
     run, step = parse_key(key)
-    tracker.tag(run, {"live_index": live.index, "live_index_digest": live.index_digest, "dagster_run_id": context.run_id})
+    tracker.tag(
+        run, {"live_index": live.index, "live_index_digest": live.index_digest, "dagster_run_id": context.run_id}
+    )
     tracker.sink(run).log(step, {"index/generation": float(live.generation)})
     return dg.MaterializeResult(
         data_version=dg.DataVersion(live.index_digest),

@@ -4,7 +4,7 @@ import json
 import time
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -109,7 +109,11 @@ def train_status(home: Home = HOME, run: RunName = "r1", as_json: AsJson = False
 
     store = Store.open(home)
     steps = report.steps_of(store, run)
-    status = {"run": run, "process": trainer.alive(home, run), "last_step": steps[-1] if steps else None}
+    status: dict[str, Any] = {
+        "run": run,
+        "process": trainer.alive(home, run),
+        "last_step": steps[-1] if steps else None,
+    }
     status["checkpoints"] = store.checkpoints(run)
     print(json.dumps(status) if as_json else "\n".join(f"{key}: {value}" for key, value in status.items()))
 

@@ -106,7 +106,9 @@ def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.Service
         if outcome and outcome["error"]:
             raise RealmError(outcome["error"])
         if outcome is None and not running:
-            raise RealmError(f"the trainer died; see {store.trainer(RUN) / trainer.LOG}, then run the same command again")
+            raise RealmError(
+                f"the trainer died; see {store.trainer(RUN) / trainer.LOG}, then run the same command again"
+            )
         if outcome is not None:
             deadline = deadline or time.monotonic() + _SETTLE_SECONDS
             if _settled(store, instance, store.names("checkpoints")[-1]):

@@ -91,7 +91,9 @@ def _no_scores() -> dict[str, Any]:
 
 def _training(store: Store, run: str) -> dict[str, Any]:
     """How long the trainer computed and how long it stood still for index swaps, in seconds."""
-    records = [store.manifest("checkpoints", key).record for key in store.names("checkpoints") if parse_key(key)[0] == run]
+    records = [
+        store.manifest("checkpoints", key).record for key in store.names("checkpoints") if parse_key(key)[0] == run
+    ]
     return {
         "run": run,
         "seconds": round(sum(record.get("train_seconds", 0.0) for record in records), 2),

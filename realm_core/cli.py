@@ -38,7 +38,7 @@ app.add_typer(corpus_app, name="corpus")
 
 @corpus_app.command("build")
 def corpus_build(
-    input: Annotated[Path, typer.Option(help="Documents, one JSON object a line with title and text (.gz too).")],
+    input_: Annotated[Path, typer.Option("--input", help="Documents, one JSON object a line with title and text (.gz too).")],
     out: Out,
     source: Annotated[str, typer.Option(help="Format of the input.")] = "jsonl",
     params: Params = None,
@@ -56,7 +56,7 @@ def corpus_build(
     if source not in READERS:
         raise DataError(f"--source {source}: unknown; choose one of {', '.join(READERS)}")
     config = load_config(params, profile, set_ or ())
-    show(corpus.run(config, source=input, out=out, sink=NullSink(), source_format=source), as_json)
+    show(corpus.run(config, source=input_, out=out, sink=NullSink(), source_format=source), as_json)
 
 
 @corpus_app.command("show")
@@ -82,7 +82,7 @@ def corpus_show(
 
 @app.command()
 def questions(
-    input: Annotated[Path, typer.Option(help="Questions, one JSON object a line with question and answers.")],
+    input_: Annotated[Path, typer.Option("--input", help="Questions, one JSON object a line with question and answers.")],
     out: Out,
     params: Params = None,
     profile: Profile = "demo",
@@ -92,7 +92,7 @@ def questions(
     """Split a question file into train, dev and test."""
     from realm_core.stages import questions as stage
 
-    show(stage.run(load_config(params, profile, set_ or ()), source=input, out=out, sink=NullSink()), as_json)
+    show(stage.run(load_config(params, profile, set_ or ()), source=input_, out=out, sink=NullSink()), as_json)
 
 
 @app.command()
@@ -167,9 +167,7 @@ def index(
     from realm_core.stages import index as stage
 
     config = load_config(params, profile, set_ or ())
-    show(
-        stage.run(config, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus, out=out, sink=NullSink()), as_json
-    )
+    show(stage.run(config, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus, out=out, sink=NullSink()), as_json)
 
 
 @app.command()
@@ -228,7 +226,9 @@ def finetune(
     from realm_core.stages import finetune as stage
 
     if index is not None and snapshot is None:
-        raise DataError("--index needs --snapshot: fine-tuning reads the block vectors; pass the snapshot behind the index")
+        raise DataError(
+            "--index needs --snapshot: fine-tuning reads the block vectors; pass the snapshot behind the index"
+        )
     manifest = stage.run(
         load_config(params, profile, set_ or ()),
         index=index,
@@ -305,7 +305,9 @@ def ask(
 
 @app.command()
 def lineage(
-    version: Annotated[str | None, typer.Argument(help="Index, checkpoint or digest; the live index by default.")] = None,
+    version: Annotated[
+        str | None, typer.Argument(help="Index, checkpoint or digest; the live index by default.")
+    ] = None,
     home: Home = HOME,
     as_json: AsJson = False,
 ) -> None:

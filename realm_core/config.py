@@ -123,7 +123,9 @@ class ReembedConfig(Section):
     """Embedding every block with one checkpoint."""
 
     batch: PositiveInt = 64
-    max_bad_share: float = Field(0.0, ge=0, lt=1)  # share of blocks whose vector may be non-finite before the build fails
+    max_bad_share: float = Field(
+        0.0, ge=0, lt=1
+    )  # share of blocks whose vector may be non-finite before the build fails
 
 
 class IndexConfig(Section):

@@ -1,5 +1,7 @@
 """Jobs: what is run together, in one process."""
 
+from typing import Any
+
 import dagster as dg
 
 from orchestration import trainer
@@ -43,4 +45,4 @@ def start_training() -> None:
     start_detached_trainer()
 
 
-ALL = [bootstrap, refresh_index, finetune, start_training]
+ALL: list[Any] = [bootstrap, refresh_index, finetune, start_training]

@@ -195,4 +195,6 @@ def _operator_error(error: OSError, place: Path) -> ArtifactError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(place if place.is_dir() else place.parent).free
         return ArtifactError(f"{place}: disk full, {free} bytes free; free space and run again, nothing was published")
-    return ArtifactError(f"{place}: cannot be written ({error.strerror}); choose another --home or mend its permissions")
+    return ArtifactError(
+        f"{place}: cannot be written ({error.strerror}); choose another --home or mend its permissions"
+    )

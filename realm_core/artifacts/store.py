@@ -1,11 +1,11 @@
 """The store: one folder a kind of artifact, one pointer that moves, and the names everything goes by.
 
-    home/
-      home.json                 schema, settings and sources of this home
-      corpus/v0001 …            also questions/ ict/ sparse_readers/: versions in the order they were made
-      checkpoints/RUN-s0000500  also snapshots/ indexes/ verdicts/ evaluations/ readers/ results/: by checkpoint
-      live.json                 the index version that answers; live.history.jsonl, every move it made
-      trainer/RUN/              lease, step log and index swaps of a training run
+home/
+  home.json                 schema, settings and sources of this home
+  corpus/v0001 …            also questions/ ict/ sparse_readers/: versions in the order they were made
+  checkpoints/RUN-s0000500  also snapshots/ indexes/ verdicts/ evaluations/ readers/ results/: by checkpoint
+  live.json                 the index version that answers; live.history.jsonl, every move it made
+  trainer/RUN/              lease, step log and index swaps of a training run
 """
 
 import json
@@ -133,9 +133,7 @@ class Store:
         folder = self.home / kind
         if not folder.is_dir():
             return []
-        return sorted(
-            entry.name for entry in folder.iterdir() if entry.name[0] != "." and (entry / MANIFEST).is_file()
-        )
+        return sorted(entry.name for entry in folder.iterdir() if entry.name[0] != "." and (entry / MANIFEST).is_file())
 
     def has(self, kind: str, name: str) -> bool:
         return (self.path(kind, name) / MANIFEST).is_file()

@@ -13,6 +13,7 @@ import regex
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from realm_core.corpus.shards import Corpus
 from realm_core.errors import ConfigError, DataError
 
 _WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+")
@@ -53,6 +54,12 @@ class Bm25:
         self._index = _bm25s().BM25(k1=self.params.k1, b=self.params.b, method=self.params.method)
         if self.vocabulary:
             self._index.index((ids, self.vocabulary), show_progress=False)
+
+    @classmethod
+    def over(cls, corpus: Corpus, params: Bm25Params | None = None) -> "Bm25":
+        """BM25 over title and text of every block; rows are the corpus's."""
+        blocks = [corpus.block(row) for row in range(len(corpus))]
+        return cls([block.text for block in blocks], [block.title for block in blocks], params)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[Float[ndarray, "Q k"], Int[ndarray, "Q k"]]:
         """The min(k, N) best passages of every query: float32 scores and int64 rows, equal scores by ascending row.

@@ -53,7 +53,8 @@ def read_jsonl(path: str | Path, on_error: str = "fail", counts: Counter[str] | 
         title, text = string_field(record, "title"), string_field(record, "text")
         made = Document(_identifier(record, title, text), title, text)
         if made.doc_id in seen:
-            raise BadLine("duplicate_id", f"the id {made.doc_id!r} occurred before; ids must be unique")
+            what = "same title and text" if record.get("id") is None else f"id {made.doc_id!r}"
+            raise BadLine("duplicate_id", f"the {what} occurred before; every document needs an id of its own")
         seen.add(made.doc_id)
         return made
 

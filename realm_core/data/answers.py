@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import regex
@@ -34,8 +35,13 @@ def has_answer_tokens(text: str, answers: Sequence[str]) -> bool:
 
     An answer without any word is in no text.
     """
-    words = answer_words(text)
-    return any(_contains(words, answer_words(answer)) for answer in answers)
+    words = f" {' '.join(answer_words(text))} "
+    return any(wanted != "  " and wanted in words for wanted in map(_as_words, answers))
+
+
+@lru_cache(maxsize=65_536)  # the answers of a question are looked for in thousands of passages
+def _as_words(answer: str) -> str:
+    return f" {' '.join(answer_words(answer))} "
 
 
 def answer_words(text: str) -> list[str]:
@@ -61,8 +67,3 @@ def gold_spans(
         starts = np.flatnonzero((windows == np.asarray(answer, dtype=np.int64)).all(axis=1))
         found.extend((offset + start, offset + start + width - 1) for start in starts.tolist())
     return np.array(found, dtype=np.int64).reshape(-1, 2)
-
-
-def _contains(words: Sequence[str], wanted: Sequence[str]) -> bool:
-    width = len(wanted)
-    return width > 0 and any(words[start : start + width] == wanted for start in range(len(words) - width + 1))

@@ -93,8 +93,8 @@ def new_model(config: ModelConfig, start: StartWeights, tokenizer: Tokenizer, se
     encoder.initialise(generator)
     if start.tensors:
         backbone = {name: tensor for name, tensor in start.tensors.items() if not name.startswith("cls.")}
-        for module in {retriever.embedder, retriever.query_tower, encoder}:
-            missing, unexpected = module.realm.load_state_dict(backbone, strict=False)
+        for bert in {retriever.embedder.realm, retriever.query_tower.realm, encoder.realm}:
+            missing, unexpected = bert.load_state_dict(backbone, strict=False)
             if missing or unexpected:
                 raise ArtifactError(
                     f"{config.weights}: missing {missing[:3]}, unexpected {unexpected[:3]}; these are not BERT weights"

@@ -10,6 +10,7 @@ import numpy as np
 
 from realm_core.artifacts.manifest import Manifest, Plan, open_artifact, read_manifest
 from realm_core.artifacts.publish import building, finished
+from realm_core.baselines.bm25 import Bm25
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.data.questions import Question
@@ -25,7 +26,6 @@ from realm_core.stages import CODE
 from realm_core.stages.finetune import QUESTION_TOWER, load_reader, with_question_tower
 from realm_core.stages.questions import load as load_questions
 from realm_core.text.tokenizer import Tokenizer
-from realm_core.train.reader import bm25_of
 
 SECTIONS = ("runtime", "lengths", "reader", "evaluate")
 
@@ -82,7 +82,13 @@ def run(
     open_artifact(reader, "finetune")
     device = resolve(config.runtime, shared=split == "dev")
     pipeline = open_pipeline(
-        config, index=index, checkpoint=checkpoint, reader=reader, reader_start=reader_start, corpus=corpus, device=device
+        config,
+        index=index,
+        checkpoint=checkpoint,
+        reader=reader,
+        reader_start=reader_start,
+        corpus=corpus,
+        device=device,
     )
     asked = load_questions(questions, split)
     if split == "dev":
@@ -114,7 +120,7 @@ class Pipeline:
     def retrieve(self, questions: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """(rows, scores) of the k best blocks of every question, "Q k" each."""
         if self.index is None:
-            scores, rows = bm25_of(self.corpus).search(questions, k)
+            scores, rows = Bm25.over(self.corpus).search(questions, k)
             return rows, scores
         vectors = self.index.embed(self.tokenizer.batch_ids(questions), length=None)
         scores, rows = self.index.search_vectors(vectors, k)
@@ -195,7 +201,13 @@ def score(
             }
         )
         bar.update(number)
-    recall = retrieval_recall(texts, [question.answers for question in asked], config.evaluate.ks, config.evaluate.rule)
+    recall = retrieval_recall(
+        texts,
+        [question.answers for question in asked],
+        config.evaluate.ks,
+        config.evaluate.rule,
+        answer_types=[question.answer_type for question in asked],
+    )
     metrics = {name: float(value) for name, value in recall.items() if name.startswith(("recall_at_", "mean_"))}
     matched = evaluate_predictions(asked, predictions, seed=config.seed)
     metrics["exact_match"] = float(matched["exact_match"])

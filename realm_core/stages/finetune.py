@@ -10,6 +10,7 @@ import torch
 
 from realm_core.artifacts.manifest import Manifest, Plan, open_artifact, read_manifest
 from realm_core.artifacts.publish import building, finished
+from realm_core.baselines.bm25 import Bm25
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.index.version import open_version, require_parent, snapshot_of
@@ -20,7 +21,7 @@ from realm_core.model.reader import Reader
 from realm_core.ports import MetricSink
 from realm_core.stages import CODE
 from realm_core.stages.questions import load as load_questions
-from realm_core.train.reader import DenseRetrieval, train_reader
+from realm_core.train.reader import DenseRetrieval, FixedRetrieval, train_reader
 from realm_core.train.update import seed_of
 
 SECTIONS = ("runtime", "lengths", "optimizer", "reader")
@@ -63,18 +64,20 @@ def run(
     reader.initialise(torch.Generator().manual_seed(seed_of(config.seed, "reader head")))
     reader.realm.load_state_dict(model.encoder.realm.state_dict())
     reader.to(device.torch_device)
-    retrieval = None
-    if index is not None:
+    asked = load_questions(questions, "train")
+    retrieval: DenseRetrieval | FixedRetrieval
+    if index is None:
+        found = Bm25.over(blocks).search([question.question for question in asked], config.reader.searcher_beam)
+        retrieval = FixedRetrieval(found[1])
+    else:
         assert snapshot is not None, "an index comes with its snapshot"
         require_parent(index, read_manifest(index), "snapshot", snapshot)
         opened = open_version(index, checkpoint=checkpoint, corpus=corpus, device=device)
         retrieval = DenseRetrieval(model.retriever, opened, snapshot_of(snapshot, blocks).vectors(), config)
     with building(out, doing) as build:
-        metrics = train_reader(
-            reader, retrieval, blocks, load_questions(questions, "train"), config, device, sink
-        )
+        metrics = train_reader(reader, retrieval, blocks, asked, config, device, sink)
         save_module(reader, build.folder / READER)
-        if retrieval is not None:
+        if index is not None:
             save_module(model.retriever.query_tower, build.folder / QUESTION_TOWER)
         shapes = {"span_hidden": config.reader.span_hidden, "max_span_width": config.reader.max_span_width}
         (build.folder / SHAPES).write_text(json.dumps(shapes) + "\n", encoding="utf-8")

@@ -24,9 +24,7 @@ def plan(config: Config, *, snapshot: Path, checkpoint: Path, corpus: Path) -> P
     return Plan(stage="index", code=CODE["index"], config_digest=config.digest(*SECTIONS), parents=parents)
 
 
-def run(
-    config: Config, *, snapshot: Path, checkpoint: Path, corpus: Path, out: Path, sink: MetricSink
-) -> Manifest:
+def run(config: Config, *, snapshot: Path, checkpoint: Path, corpus: Path, out: Path, sink: MetricSink) -> Manifest:
     """Build the index. Raises ArtifactError if the snapshot is altered, incomplete, or of another checkpoint or corpus."""
     doing = plan(config, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus)
     if done := finished(out, doing):

@@ -58,9 +58,7 @@ def run(
 class _Run:
     """One process's share of a training run: from the newest checkpoint to the last step or a stop."""
 
-    def __init__(
-        self, config: Config, store: Store, name: str, corpus: Path, newest: Path, sink: MetricSink
-    ) -> None:
+    def __init__(self, config: Config, store: Store, name: str, corpus: Path, newest: Path, sink: MetricSink) -> None:
         self.config, self.store, self.name, self.corpus, self.newest = config, store, name, corpus, newest
         self.folder = store.trainer(name)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +93,11 @@ class _Run:
     def _publish(self, step: int) -> None:
         index = self.follower.current
         assert index is not None
-        parents = {"parent": read_manifest(self.newest), "corpus": read_manifest(self.corpus), "live_index": index.manifest}
+        parents = {
+            "parent": read_manifest(self.newest),
+            "corpus": read_manifest(self.corpus),
+            "live_index": index.manifest,
+        }
         out = self.store.path("checkpoints", checkpoint_key(self.name, step))
         with building(out, _plan(self.config, parents)) as build:
             self.trainer.model.save(build.folder)
@@ -149,4 +151,6 @@ def _require_same_settings(folder: Path, manifest: Manifest, config: Config) -> 
 def _mean(window: list[dict[str, float]]) -> dict[str, float]:
     """Means since the last checkpoint, without the times, which differ from run to run."""
     names = sorted({name for row in window for name in row if "seconds" not in name})
-    return {name: sum(row[name] for row in window if name in row) / sum(name in row for row in window) for name in names}
+    return {
+        name: sum(row[name] for row in window if name in row) / sum(name in row for row in window) for name in names
+    }

@@ -32,9 +32,7 @@ def plan(config: Config, *, index: Path, snapshot: Path, checkpoint: Path, corpu
     return Plan(stage="qualify", code=CODE["qualify"], config_digest=config.digest(*SECTIONS), parents=parents)
 
 
-def run(
-    config: Config, *, index: Path, snapshot: Path, checkpoint: Path, corpus: Path, out: Path
-) -> Manifest:
+def run(config: Config, *, index: Path, snapshot: Path, checkpoint: Path, corpus: Path, out: Path) -> Manifest:
     """Examine one index version. A failing version gives a verdict with `passed` False, not an error."""
     doing = plan(config, index=index, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus)
     if done := finished(out, doing):

@@ -134,15 +134,22 @@ def _sentences(text: str, tokenizer: Tokenizer, split: Splitter) -> list[_Senten
     Text without a wordpiece (control characters) belongs to the sentence before it, at the front to the one after it.
     """
     made: list[_Sentence] = []
+    ends: list[int] = []  # where each sentence ends together with what follows it without a wordpiece
+    lead: int | None = None
     for start, stop in split(encodable(text.replace("\0", " "))):  # keeps offsets, and sentences apart
         sentence = _sentence(text, start, stop, tokenizer)
-        if made and not sentence.ids:
-            before = made.pop()
-            sentence = before._replace(stop=stop, text=_clean(text[before.start : stop]))
-        elif made and not made[-1].ids:
-            sentence = _sentence(text, made.pop().start, stop, tokenizer)
-        made.append(sentence)
-    return made if made and made[-1].ids else []
+        if sentence.ids:
+            made.append(sentence if lead is None else _sentence(text, lead, stop, tokenizer))
+            ends.append(stop)
+            lead = None
+        elif made:
+            ends[-1] = stop
+        elif lead is None:
+            lead = start
+    return [
+        sentence if sentence.stop == end else sentence._replace(stop=end, text=_clean(text[sentence.start : end]))
+        for sentence, end in zip(made, ends, strict=True)
+    ]
 
 
 def _sentence(text: str, start: int, stop: int, tokenizer: Tokenizer) -> _Sentence:

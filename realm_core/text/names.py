@@ -99,10 +99,9 @@ def _run_end(words: Sequence[_Word], first: int, text: str) -> int:
 
 def _without_lead(run: Sequence[_Word], lowered: set[str], inside: set[str]) -> Sequence[_Word]:
     """Drop function words at the front, and a sentence's first word that nothing else marks as a name."""
-    while run:
-        first = run[0]
-        named = not first.opens or (first.text.lower() not in lowered and (len(run) > 1 or first.text in inside))
-        if named and not first.common and first.text not in _CONNECTORS:
-            break
-        run = run[1:]
-    return run
+    for number, word in enumerate(run):
+        several = number + 1 < len(run)
+        named = not word.opens or (word.text.lower() not in lowered and (several or word.text in inside))
+        if named and not word.common and word.text not in _CONNECTORS:
+            return run[number:]
+    return []

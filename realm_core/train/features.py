@@ -48,7 +48,7 @@ def draw_queries(
 
 
 def choose_candidates(
-    corpus: Corpus, origins: Sequence[str], retrieved: Integer[np.ndarray, "B k"], count: int
+    corpus: Corpus, origins: Sequence[str] | np.ndarray, retrieved: Integer[np.ndarray, "B k"], count: int
 ) -> list[np.ndarray]:
     """Rows of the documents each query is read with: null first, its own block (by identity) never, equal texts once."""
     return [

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from realm_core.baselines.bm25 import Bm25
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.data.answers import gold_spans, has_answer
@@ -46,7 +45,10 @@ class DenseRetrieval:
         self.retriever, self.index, self.vectors = retriever, index, vectors
         self.beam = config.reader.searcher_beam
 
-    def __call__(self, questions: Sequence[Sequence[int]], device: Device) -> list[Retrieved]:
+    def __call__(
+        self, numbers: Sequence[int] | np.ndarray, questions: Sequence[Sequence[int]], device: Device
+    ) -> list[Retrieved]:
+        """Retrieval for questions given as wordpieces; their numbers do not matter here."""
         pad = self.index.tokenizer.pad_id
         batch = stack([query_inputs(ids, None, self.index.tokenizer) for ids in questions], pad)
         with device.autocast():
@@ -57,26 +59,37 @@ class DenseRetrieval:
         return [Retrieved(row, relevance) for row, relevance in zip(rows, relevance_QK, strict=True)]
 
 
+@dataclass(frozen=True)
+class FixedRetrieval:
+    """Rows found once for every training question, by BM25 for example."""
+
+    rows: np.ndarray  # "N K"
+
+    def __call__(
+        self, numbers: Sequence[int] | np.ndarray, questions: Sequence[Sequence[int]], device: Device
+    ) -> list[Retrieved]:
+        return [Retrieved(self.rows[number], None) for number in numbers]
+
+
 def train_reader(
     reader: Reader,
-    retrieval: DenseRetrieval | None,
+    retrieval: DenseRetrieval | FixedRetrieval,
     corpus: Corpus,
     questions: Sequence[Question],
     config: Config,
     device: Device,
     sink: MetricSink,
 ) -> dict[str, float]:
-    """Train the reader, and the question tower of `retrieval` if there is one, in place.
+    """Train the reader, and the question tower of a dense retrieval, in place.
 
     Returns means over the last tenth. Raises DataError if no question's answer can be found among its retrieved blocks.
     """
     settings, tokenizer = config.reader, corpus.tokenizer
     ids = tokenizer.batch_ids([question.question for question in questions])
     answer_ids = [tokenizer.batch_ids(question.answers) for question in questions]
-    fixed = None if retrieval else _bm25_rows(corpus, questions, settings.searcher_beam)
-    usable = _answerable(corpus, questions, ids, fixed, retrieval, config, device)
+    usable = _answerable(corpus, questions, ids, retrieval, settings.reader_beam, device)
     modules: dict[str, torch.nn.Module] = {"reader": reader}
-    if retrieval is not None:
+    if isinstance(retrieval, DenseRetrieval):
         modules["question_tower"] = retrieval.retriever.query_tower
     updater = Updater(modules, dict.fromkeys(modules, settings.lr), settings.steps, config.optimizer)
     bar = Progress("fine-tune reader", settings.steps)
@@ -86,11 +99,7 @@ def train_reader(
     for step in range(settings.steps):
         chosen = usable[rows_for_step(len(usable), settings.batch, step, config.seed)]
         torch.manual_seed(seed_of(config.seed, "reader", step))
-        found = (
-            retrieval([ids[i] for i in chosen], device)
-            if retrieval
-            else [Retrieved(fixed[i], None) for i in chosen]  # type: ignore[index]
-        )
+        found = retrieval(chosen, [ids[i] for i in chosen], device)
         loss, metrics = _batch_loss(
             reader, corpus, [(questions[i], ids[i], answer_ids[i]) for i in chosen], found, config, device, tokenizer
         )
@@ -133,7 +142,10 @@ def _batch_loss(
     shape = (len(asked), beam)
     relevance_QK = torch.stack([_relevance(item, beam, device) for item in found])
     read = reader_loss(
-        spans.score.float().unflatten(0, shape), relevance_QK, correct.unflatten(0, shape), spans.valid.unflatten(0, shape)
+        spans.score.float().unflatten(0, shape),
+        relevance_QK,
+        correct.unflatten(0, shape),
+        spans.valid.unflatten(0, shape),
     )
     retrieve = _retriever_loss(corpus, asked, found, device)
     hit = (correct & spans.valid).unflatten(0, shape).flatten(start_dim=1).any(dim=1).float().mean()
@@ -171,38 +183,24 @@ def _padded(gold: Sequence[np.ndarray], device: Device) -> tuple[Tensor, Tensor]
     return starts, ends
 
 
-def _bm25_rows(corpus: Corpus, questions: Sequence[Question], beam: int) -> np.ndarray:
-    return bm25_of(corpus).search([question.question for question in questions], beam)[1]
-
-
-def bm25_of(corpus: Corpus) -> Bm25:
-    """BM25 over texts and titles of all blocks."""
-    blocks = [corpus.block(row) for row in range(len(corpus))]
-    return Bm25([block.text for block in blocks], [block.title for block in blocks])
-
-
 def _answerable(
     corpus: Corpus,
     questions: Sequence[Question],
     ids: Sequence[Sequence[int]],
-    fixed: np.ndarray | None,
-    retrieval: DenseRetrieval | None,
-    config: Config,
+    retrieval: DenseRetrieval | FixedRetrieval,
+    reader_beam: int,
     device: Device,
 ) -> np.ndarray:
-    """Numbers of the questions that can teach something: an answer stands in a block that is read (BM25) or retrieved at
-    the start (dense). The others have zero loss in the original code; leaving them out saves their forward passes."""
+    """Numbers of the questions that can teach something: an answer stands in a block that is read (fixed rows) or
+    retrieved at the start (dense). The others have zero loss in the original code; this spares their forward passes."""
     usable = []
     for first in range(0, len(questions), 64):
         part = range(first, min(first + 64, len(questions)))
-        if fixed is not None:
-            rows = [fixed[i][: config.reader.reader_beam] for i in part]
-        else:
-            assert retrieval is not None
-            with torch.inference_mode():
-                rows = [found.rows for found in retrieval([ids[i] for i in part], device)]
-        for i, found_rows in zip(part, rows, strict=True):
-            if any(has_answer(text, questions[i].answers) for text in corpus.texts(found_rows.tolist())):
+        with torch.inference_mode():
+            found = retrieval(part, [ids[i] for i in part], device)
+        for i, retrieved in zip(part, found, strict=True):
+            rows = retrieved.rows if retrieved.relevance is not None else retrieved.rows[:reader_beam]
+            if any(has_answer(text, questions[i].answers) for text in corpus.texts(rows.tolist())):
                 usable.append(i)
     if not usable:
         raise DataError(

@@ -28,9 +28,7 @@ class StepResult:
     metrics: dict[str, float]
 
 
-def realm_step(
-    model: RealmModel, batch: RealmBatch, marginal: Literal["token", "joint"], device: Device
-) -> StepResult:
+def realm_step(model: RealmModel, batch: RealmBatch, marginal: Literal["token", "joint"], device: Device) -> StepResult:
     """Loss of one batch. Candidate vectors are computed anew with current weights and gradient; the index only chose them
     (original code: language/realm)."""
     count, width = batch.present.shape

@@ -59,7 +59,7 @@ def warm_up(model: RealmModel, corpus: Corpus, config: Config, device: Device, s
 
 
 def _draw(
-    corpus: Corpus, rows: Sequence[int], rng: np.random.Generator, config: Config, model: RealmModel
+    corpus: Corpus, rows: Sequence[int] | np.ndarray, rng: np.random.Generator, config: Config, model: RealmModel
 ) -> list[MaskedQuery]:
     queries = []
     for row in rows:

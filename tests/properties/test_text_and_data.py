@@ -21,7 +21,7 @@ from realm_core.data.masking import masked_query
 from realm_core.text.blocks import pack_document, pack_lengths
 from realm_core.text.sentences import split_sentences
 from realm_core.text.spans import RuleTagger
-from realm_core.text.tokenizer import Tokenizer, build_vocabulary
+from realm_core.text.tokenizer import Tokenizer, build_vocabulary, encodable
 
 WORDS = (
     "the Rome rome Ada Lovelace. ran! in 1969 July 4, river; U.S. Dr. 42 km "
@@ -32,7 +32,7 @@ TOKENIZER = Tokenizer(build_vocabulary([WORDS, "abcdefghij klmnop"], 90))
 words = st.sampled_from(WORDS.split(" "))
 spaces = st.sampled_from([" ", " ", " ", ". ", "\n", "\n\n", "", "\t", "? "])
 prose = st.lists(st.tuples(words, spaces), max_size=60).map(lambda parts: "".join(w + s for w, s in parts))
-anything = st.text(max_size=120)
+anything = st.text(st.characters(), max_size=120)  # lone surrogates too
 texts = st.one_of(prose, anything)
 
 
@@ -40,7 +40,7 @@ def letters(text: str) -> str:
     return "".join(text.split())
 
 
-@settings(max_examples=int(__import__("os").environ.get("HN","100")),deadline=None)
+@settings(deadline=None)
 @given(texts, st.sampled_from(["syntok", "simple"]))
 def test_sentences_cover_every_character_in_order(text: str, splitter: str) -> None:
     ranges = split_sentences(text, splitter)
@@ -49,7 +49,7 @@ def test_sentences_cover_every_character_in_order(text: str, splitter: str) -> N
     assert all(text[start:stop] == text[start:stop].strip() != "" for start, stop in ranges)
 
 
-@settings(max_examples=int(__import__("os").environ.get("HN","100")),deadline=None)
+@settings(deadline=None)
 @given(texts)
 def test_offsets_are_ordered_and_their_words_tokenise_to_the_same_ids(text: str) -> None:
     ids, starts, stops = TOKENIZER.ids_with_offsets(text)
@@ -60,7 +60,7 @@ def test_offsets_are_ordered_and_their_words_tokenise_to_the_same_ids(text: str)
     assert TOKENIZER.ids(re.sub(r"[ \t\r\n]+", " ", text)) == ids  # BERT takes other controls for nothing at all
 
 
-@settings(max_examples=int(__import__("os").environ.get("HN","100")),deadline=None)
+@settings(deadline=None)
 @given(texts)
 def test_spans_are_ordered_and_apart_and_trimmed(text: str) -> None:
     spans = RuleTagger().spans(text)
@@ -78,7 +78,7 @@ def test_greedy_packing_is_full_and_never_too_full(lengths: list[int], room: int
         assert sum(lengths[low : high + 1]) > room  # the next sentence did not fit
 
 
-@settings(max_examples=int(__import__("os").environ.get("HN","100")),deadline=None)
+@settings(deadline=None)
 @given(texts, st.one_of(prose, st.text(max_size=40)), st.integers(16, 48))
 def test_no_block_exceeds_the_limit_and_no_text_is_lost(text: str, title: str, limit: int) -> None:
     document = Document("x", title, text)
@@ -86,7 +86,7 @@ def test_no_block_exceeds_the_limit_and_no_text_is_lost(text: str, title: str, l
     for block in blocks:
         assert 3 + len(block.title_ids) + len(block.token_ids) <= limit
         assert list(block.token_ids) == TOKENIZER.ids(block.text)
-        assert letters(text[block.start : block.stop].replace("\0", "")) == letters(block.text)
+        assert letters(encodable(text[block.start : block.stop]).replace("\0", "")) == letters(block.text)
         assert block.sentence_starts[0] == 0
         assert all(low < high for low, high in pairwise([*block.sentence_starts, len(block.token_ids)]))
         assert " ".join(block.text[low:high] for low, high in block.sentences) == block.text
@@ -94,12 +94,12 @@ def test_no_block_exceeds_the_limit_and_no_text_is_lost(text: str, title: str, l
         for low, high in block.spans:
             assert any(start <= low < high <= stop for start, stop in pairwise(borders))
     if TOKENIZER.ids(text):
-        assert "".join(letters(block.text) for block in blocks) == letters(text.replace("\0", ""))
+        assert "".join(letters(block.text) for block in blocks) == letters(encodable(text).replace("\0", ""))
     else:
         assert blocks == []
 
 
-@settings(max_examples=int(__import__("os").environ.get("HN","100")),deadline=None)
+@settings(deadline=None)
 @given(st.text("ab한中é\u0301\0\u200b ", min_size=60, max_size=400), st.integers(16, 24))
 def test_a_wall_of_text_is_split_so_that_every_part_fits(text: str, limit: int) -> None:
     blocks = pack_document(Document("x", "", text), TOKENIZER, limit, lambda t: [(0, len(t))] if t.strip() else [])

@@ -59,15 +59,17 @@ GOOD = {"id": "a", "title": "A", "text": "One."}
         ('{"id": ["b"], "title": "B", "text": "x"}', "wrong_type", "'id' is list"),
         ('{"id": "", "title": "B", "text": "x"}', "wrong_type", "'id' is empty"),
         ('{"id": "a", "title": "B", "text": "x"}', "duplicate_id", "'a' occurred before"),
+        ('{"title": "N", "text": "no id"}', "duplicate_id", "the same title and text occurred before"),
         ('{"id": "b", "title": "B", "text": "\\ud83d"}', "bad_text", "half a surrogate"),
     ],
 )
 def test_a_bad_line_is_named_or_counted(tmp_path: Path, line: str, kind: str, reason: str) -> None:
-    path = lines(tmp_path / "c.jsonl", GOOD, "", line, {**GOOD, "id": "z"})
-    with pytest.raises(DataError, match=rf"c\.jsonl:3: .*{reason}"):
+    path = lines(tmp_path / "c.jsonl", GOOD, {"title": "N", "text": "no id"}, "", line, {**GOOD, "id": "z"})
+    with pytest.raises(DataError, match=rf"c\.jsonl:4: .*{reason}"):
         list(read_jsonl(path))
     counts: Counter[str] = Counter()
-    assert [document.doc_id for document in read_jsonl(path, "skip", counts)] == ["a", "z"]
+    first, _, last = read_jsonl(path, "skip", counts)
+    assert (first.doc_id, last.doc_id) == ("a", "z")
     assert counts == {kind: 1}
 
 
