@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a verification failed, 2 something an operator can mend, 1
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -341,6 +342,9 @@ def summary(manifest: Manifest) -> dict[str, Any]:
 
 def run(application: typer.Typer) -> None:
     """Run a command line; an operator's error is one line on standard error and exit code 2."""
+    # A service manager ends commands with SIGTERM; they clean up as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started us with SIGINT ignored
     try:
         code = application(standalone_mode=False)
     except RealmError as error:

@@ -50,6 +50,7 @@ class ModelConfig(Section):
     weights_sha256: str | None = None  # of model.safetensors; checked before the file is opened
     vocabulary_sha256: str | None = None
     layers: PositiveInt | None = None  # use only the first layers of the weights; None keeps all
+    encoder_layers: PositiveInt | None = None  # the same for encoder and reader alone; None: as many as the retriever
     vocabulary_size: PositiveInt = 4000  # the next five describe random weights and their own small vocabulary
     hidden_size: PositiveInt = 768
     heads: PositiveInt = 12
@@ -204,6 +205,8 @@ class Config(Section):
                 f"corpus.block_wordpieces={self.corpus.block_wordpieces} exceeds lengths.document="
                 f"{self.lengths.document}: blocks would be cut; lower the first or raise the second"
             )
+        if (self.model.encoder_layers or 0) > (self.model.layers or 10**6):
+            raise ValueError("model.encoder_layers exceeds model.layers; the encoder starts from the same weights")
         if self.reader.reader_beam > self.reader.searcher_beam:
             raise ValueError("reader.reader_beam exceeds reader.searcher_beam; read no more blocks than are retrieved")
         if self.model.weights == "random" and self.model.hidden_size % self.model.heads:

@@ -11,6 +11,7 @@ from realm_core.errors import ArtifactError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+PRUNED = "pruned.json"  # stands beside the manifest of an artifact whose files retention has dropped
 _CHUNK = 1 << 20
 
 
@@ -67,20 +68,22 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        digest = values.pop("digest")
         found = values["schema"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(f"{folder}: no {MANIFEST}; the stage that writes it has not finished here") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from None
+    except (ValueError, KeyError, TypeError):
         raise ArtifactError(f"{path}: not a manifest; remove the folder and run its stage again") from None
     if found != SCHEMA:
         raise ArtifactError(f"{path}: schema {found}, this code reads {SCHEMA}; use the version that wrote it")
+    digest = str(values.pop("digest", "nothing"))
     try:
         manifest = Manifest(**values)
     except TypeError as error:
         raise ArtifactError(f"{path}: {error}; remove the folder and run its stage again") from None
     if manifest.digest != digest:
-        raise ArtifactError(f"{path}: content gives {manifest.digest[:12]}, it says {digest[:12]}; it was edited")
+        raise ArtifactError(f"{path}: content gives {manifest.digest[:12]}, it says {digest[:12]}; it was edited, restore it")
     return manifest
 
 
@@ -100,6 +103,8 @@ def verify_files(folder: Path, manifest: Manifest, only: str = "") -> None:
             continue
         path = folder / name
         if not path.is_file():
+            if (folder / PRUNED).exists():
+                raise ArtifactError(f"{folder}: its files were dropped by retention; use a newer one")
             raise ArtifactError(f"{path}: missing; remove {folder.name} and run stage {manifest.stage} again")
         if (found := file_sha256(path)) != expected:
             raise ArtifactError(

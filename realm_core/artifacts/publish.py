@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -18,7 +19,11 @@ from filelock import FileLock, Timeout
 
 from realm_core import __version__
 from realm_core.artifacts.manifest import MANIFEST, Manifest, Plan, file_sha256, read_manifest
-from realm_core.errors import ArtifactError, BusyError
+from realm_core.errors import ArtifactError, BusyError, RealmError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What libraries say that write by themselves and lose the error number: safetensors, numpy.
+_NO_ROOM_TEXT = re.compile(rf"os error ({'|'.join(map(str, _NO_ROOM))})\)|No space left|requested and \d+ written")
 
 
 @dataclass
@@ -57,8 +62,8 @@ class Build:
                 **(record or {}),
             },
         )
-        for name in files:
-            _fsync(self.folder / name)
+        for path in {place for name in files for place in (self.folder / name, (self.folder / name).parent)}:
+            _fsync(path)
         write_durably(self.folder / MANIFEST, self.manifest.to_json())
         return self.manifest
 
@@ -71,12 +76,11 @@ def building(final: Path, plan: Plan, *, resume: bool = False) -> Iterator[Build
     One builder at a time: the lock dies with its process, so a kill leaves no stale lease.
     Raises BusyError if somebody builds `final` now, ArtifactError if `final` exists or the disk is full.
     """
-    if final.exists():
-        raise ArtifactError(f"{final}: exists; artifacts are never overwritten, choose another name")
+    _require_free(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _operator_error(error, final.parent) from None
+        raise operator_error(error, final.parent) from None
     scratch = final.parent / f".{final.name}.partial"
     lock = FileLock(final.parent / f".{final.name}.lock")
     try:
@@ -84,8 +88,9 @@ def building(final: Path, plan: Plan, *, resume: bool = False) -> Iterator[Build
     except Timeout:
         raise BusyError(f"{final}: another process is building it; wait for it or stop it") from None
     except OSError as error:
-        raise _operator_error(error, final.parent) from None
+        raise operator_error(error, final.parent) from None
     try:
+        _require_free(final)  # whoever held the lock until now may have published
         if scratch.exists() and not resume:
             shutil.rmtree(scratch)
         scratch.mkdir(exist_ok=True)
@@ -95,9 +100,11 @@ def building(final: Path, plan: Plan, *, resume: bool = False) -> Iterator[Build
             _fsync(scratch)
             os.rename(scratch, final)
             _fsync(final.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise _operator_error(error, final.parent) from None
+    except Exception as error:
+        if _no_room(error):
+            raise _disk_full(final.parent) from None
+        if isinstance(error, OSError) and error.errno == errno.EROFS:
+            raise operator_error(error, final.parent) from None
         raise
     finally:
         if not resume:
@@ -131,25 +138,33 @@ def write_durably(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             scratch.unlink()
-        raise _operator_error(error, path) from None
+        raise operator_error(error, path) from None
 
 
 def append_durably(path: Path, values: Mapping[str, Any]) -> None:
-    """Append one JSON line and make it durable."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(values), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one JSON line and make it durable. A line that a crash left torn is closed first, so that it spoils no other."""
+    line = json.dumps(dict(values)).encode() + b"\n"
+    try:
+        with path.open("ab+") as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                line = b"\n" + line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise operator_error(error, path) from None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file. A last line torn by a crash is left out."""
+    """Rows of a JSON-lines file. A line torn by a crash is left out."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         with suppress(ValueError):
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if isinstance(row, dict):  # what is left of a torn line may be a number
+                rows.append(row)
     return rows
 
 
@@ -191,10 +206,26 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _operator_error(error: OSError, place: Path) -> ArtifactError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(place if place.is_dir() else place.parent).free
-        return ArtifactError(f"{place}: disk full, {free} bytes free; free space and run again, nothing was published")
+def operator_error(error: OSError, place: Path) -> ArtifactError:
+    """What to tell the operator when `place` cannot be written."""
+    if _no_room(error):
+        return _disk_full(place)
     return ArtifactError(
         f"{place}: cannot be written ({error.strerror}); choose another --home or mend its permissions"
     )
+
+
+def _disk_full(place: Path) -> ArtifactError:
+    free = shutil.disk_usage(place if place.is_dir() else place.parent).free
+    return ArtifactError(f"{place}: disk full, {free} bytes free; free space and run again, nothing was published")
+
+
+def _no_room(error: Exception) -> bool:
+    if isinstance(error, RealmError):
+        return False
+    return getattr(error, "errno", None) in _NO_ROOM or bool(_NO_ROOM_TEXT.search(str(error)))
+
+
+def _require_free(final: Path) -> None:
+    if final.exists():
+        raise ArtifactError(f"{final}: exists; artifacts are never overwritten, choose another name")

@@ -71,10 +71,9 @@ def joint_inputs(query_ids: Ids, body_ids: Ids, query_len: int, doc_len: int, sp
 def reader_inputs(question_ids: Ids, block_ids: Ids, length: int, special: SpecialIds) -> ReaderInputs:
     """[CLS] question [SEP] block [SEP] without the title, padded to `length`.
 
-    The question is kept and the block is cut; a question beyond length - 3 wordpieces is cut too, where the original
-    code ran out of its buffer. Block token i is at position 2 + (question tokens kept) + i.
+    The question is kept and the block is cut; a question beyond length - 3 wordpieces is cut too and leaves no block,
+    where the original code ran out of its buffer. Block token i is at position 2 + len(question_ids) + i.
     """
-    question_ids = question_ids[: max(length - 3, 0)]
     inputs = _format([question_ids, block_ids], length, special)
     block_mask = np.zeros_like(inputs.mask)
     first = len(question_ids) + 2

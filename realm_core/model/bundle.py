@@ -5,8 +5,9 @@ rolling checkpoint have this layout; a checkpoint adds the optimiser.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,7 @@ from torch import nn
 from realm_core.config import ModelConfig
 from realm_core.errors import ArtifactError
 from realm_core.model.embedder import Retriever
-from realm_core.model.encoder import EncoderShape
+from realm_core.model.encoder import Encoder, EncoderShape
 from realm_core.model.knowledge_encoder import KnowledgeEncoder
 from realm_core.model.weights import StartWeights
 from realm_core.text.tokenizer import Tokenizer
@@ -30,11 +31,6 @@ class RealmModel:
     retriever: Retriever
     encoder: KnowledgeEncoder
     tokenizer: Tokenizer
-    projection_eps: float
-
-    @property
-    def shape(self) -> EncoderShape:
-        return self.encoder.shape
 
     def to(self, device: torch.device) -> "RealmModel":
         self.retriever.to(device)
@@ -50,10 +46,12 @@ class RealmModel:
         """Write the four files."""
         save_module(self.retriever, folder / EMBEDDER)
         save_module(self.encoder, folder / ENCODER)
+        embedder = self.retriever.embedder
         shapes = {
-            "encoder": asdict(self.shape),
-            "projection_size": self.retriever.embedder.projection_size,
-            "projection_eps": self.projection_eps,
+            "embedder": asdict(embedder.shape),
+            "encoder": asdict(self.encoder.shape),
+            "projection_size": embedder.projection_size,
+            "projection_eps": embedder.projection_eps,
             "share_embedders": self.retriever.share,
         }
         (folder / SHAPES).write_text(json.dumps(shapes, indent=1) + "\n", encoding="utf-8")
@@ -62,26 +60,28 @@ class RealmModel:
     @classmethod
     def load(cls, folder: Path) -> "RealmModel":
         """Read what `save` wrote. Raises ArtifactError naming the file and what does not fit."""
-        retriever, tokenizer, eps = load_retriever(folder)
-        encoder = KnowledgeEncoder(retriever.embedder.shape)
+        retriever, tokenizer = load_retriever(folder)
+        encoder = KnowledgeEncoder(encoder_shape(folder))
         load_module(encoder, folder / ENCODER)
-        return cls(retriever, encoder, tokenizer, eps)
+        return cls(retriever, encoder, tokenizer)
 
 
-def load_retriever(folder: Path) -> tuple[Retriever, Tokenizer, float]:
-    """Retriever, tokenizer and projection epsilon of a checkpoint: all that embedding and searching need."""
-    try:
-        shapes = json.loads((folder / SHAPES).read_text(encoding="utf-8"))
-        retriever = Retriever(
-            EncoderShape(**shapes["encoder"]),
-            shapes["projection_size"],
-            shapes["projection_eps"],
-            share=shapes["share_embedders"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder / SHAPES}: unreadable ({error}); the checkpoint is not complete") from None
+def load_retriever(folder: Path) -> tuple[Retriever, Tokenizer]:
+    """Retriever and tokenizer of a checkpoint: all that embedding and searching need."""
+    shapes = _read_shapes(folder)
+    retriever = Retriever(
+        EncoderShape(**shapes["embedder"]),
+        shapes["projection_size"],
+        shapes["projection_eps"],
+        share=shapes["share_embedders"],
+    )
     load_module(retriever, folder / EMBEDDER)
-    return retriever, Tokenizer.from_file(folder / VOCABULARY), shapes["projection_eps"]
+    return retriever, Tokenizer.from_file(folder / VOCABULARY)
+
+
+def encoder_shape(folder: Path) -> EncoderShape:
+    """Shape of the knowledge-augmented encoder of a checkpoint, which the reader shares."""
+    return EncoderShape(**_read_shapes(folder)["encoder"])
 
 
 def new_model(config: ModelConfig, start: StartWeights, tokenizer: Tokenizer, seed: int) -> RealmModel:
@@ -89,20 +89,34 @@ def new_model(config: ModelConfig, start: StartWeights, tokenizer: Tokenizer, se
     generator = torch.Generator().manual_seed(seed)
     retriever = Retriever(start.shape, config.projection_size, config.projection_eps, share=config.share_embedders)
     retriever.initialise(generator)
-    encoder = KnowledgeEncoder(start.shape)
+    encoder = KnowledgeEncoder(replace(start.shape, layers=config.encoder_layers or start.shape.layers))
     encoder.initialise(generator)
     if start.tensors:
-        backbone = {name: tensor for name, tensor in start.tensors.items() if not name.startswith("cls.")}
         for bert in {retriever.embedder.realm, retriever.query_tower.realm, encoder.realm}:
-            missing, unexpected = bert.load_state_dict(backbone, strict=False)
-            if missing or unexpected:
-                raise ArtifactError(
-                    f"{config.weights}: missing {missing[:3]}, unexpected {unexpected[:3]}; these are not BERT weights"
-                )
+            _fill_backbone(bert, start, config.weights)
         head = {name: tensor for name, tensor in start.tensors.items() if name.startswith("cls.")}
         if head:
             encoder.load_state_dict(head, strict=False)
-    return RealmModel(retriever, encoder, tokenizer, config.projection_eps)
+    return RealmModel(retriever, encoder, tokenizer)
+
+
+def _fill_backbone(bert: Encoder, start: StartWeights, where: str) -> None:
+    wanted = bert.state_dict().keys()
+    missing = sorted(wanted - start.tensors.keys())
+    if missing:
+        raise ArtifactError(f"{where}: missing {missing[:3]}; these are not the weights of a BERT with a pooler")
+    bert.load_state_dict({name: start.tensors[name] for name in wanted})
+
+
+def _read_shapes(folder: Path) -> dict[str, Any]:
+    try:
+        shapes = json.loads((folder / SHAPES).read_text(encoding="utf-8"))
+        return {key: shapes[key] for key in _SHAPE_KEYS}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder / SHAPES}: unreadable ({error}); the checkpoint is not complete") from None
+
+
+_SHAPE_KEYS = ("embedder", "encoder", "projection_size", "projection_eps", "share_embedders")
 
 
 def save_module(module: nn.Module, path: Path) -> None:

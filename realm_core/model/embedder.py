@@ -32,6 +32,7 @@ class Embedder(nn.Module):
             raise ConfigError(f"embedder projection_dropout={projection_dropout}: must lie in [0, 1)")
         self.shape = shape
         self.projection_size = projection_size
+        self.projection_eps = projection_eps
         self.realm = Encoder(shape)  # attribute names `realm` and `cls` follow the published PyTorch weights
         self.cls = _Projection(shape.hidden_size, projection_size, projection_eps, projection_dropout)
 

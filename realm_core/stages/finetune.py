@@ -14,7 +14,7 @@ from realm_core.baselines.bm25 import Bm25
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.index.version import open_version, require_parent, snapshot_of
-from realm_core.model.bundle import RealmModel, load_module, load_retriever, save_module
+from realm_core.model.bundle import RealmModel, encoder_shape, load_module, save_module
 from realm_core.model.device import resolve
 from realm_core.model.embedder import Retriever
 from realm_core.model.reader import Reader
@@ -60,7 +60,7 @@ def run(
     blocks = Corpus.open(corpus)
     device = resolve(config.runtime)
     model = RealmModel.load(checkpoint).to(device.torch_device)
-    reader = Reader(model.shape, config.reader.span_hidden, config.reader.max_span_width)
+    reader = Reader(model.encoder.shape, config.reader.span_hidden, config.reader.max_span_width)
     reader.initialise(torch.Generator().manual_seed(seed_of(config.seed, "reader head")))
     reader.realm.load_state_dict(model.encoder.realm.state_dict())
     reader.to(device.torch_device)
@@ -89,9 +89,8 @@ def run(
 
 def load_reader(folder: Path, checkpoint: Path) -> Reader:
     """The reader of a finished fine-tuning; its shape is that of the checkpoint it started from."""
-    retriever, _, _ = load_retriever(checkpoint)
     shapes = json.loads((folder / SHAPES).read_text(encoding="utf-8"))
-    reader = Reader(retriever.embedder.shape, shapes["span_hidden"], shapes["max_span_width"])
+    reader = Reader(encoder_shape(checkpoint), shapes["span_hidden"], shapes["max_span_width"])
     load_module(reader, folder / READER)
     return reader.eval()
 

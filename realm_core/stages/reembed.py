@@ -7,7 +7,6 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 
 from realm_core.artifacts.manifest import Manifest, Plan, file_sha256, open_artifact, read_manifest, verify_files
 from realm_core.artifacts.publish import building, finished, write_durably
@@ -16,7 +15,7 @@ from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.errors import ArtifactError
 from realm_core.index.embed import embed_blocks
-from realm_core.index.snapshot import vector_report, write_matrix
+from realm_core.index.snapshot import read_matrix, vector_report, write_matrix
 from realm_core.model.bundle import EMBEDDER, load_retriever
 from realm_core.model.device import Device, resolve
 from realm_core.ports import MetricSink, Progress
@@ -68,7 +67,7 @@ class _Pass:
 
     def __init__(self, config: Config, checkpoint: Path, corpus: Corpus, folder: Path, device: Device) -> None:
         self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
-        self.retriever, self.tokenizer, _ = load_retriever(checkpoint)
+        self.retriever, self.tokenizer = load_retriever(checkpoint)
         if self.tokenizer.digest != corpus.tokenizer.digest:
             raise ArtifactError(f"{checkpoint}: other vocabulary than {corpus.folder}; build the corpus with it")
         self.retriever.to(device.torch_device)
@@ -103,7 +102,7 @@ class _Pass:
 
     def report(self, digests: dict[str, str]) -> dict[str, float]:
         """Health of all vectors. Raises ArtifactError above the share of bad vectors that the settings allow."""
-        reports = [vector_report(np.load(self.folder / f"{name}.npy", mmap_mode="r")) for name in digests]
+        reports = [vector_report(read_matrix(self.folder / f"{name}.npy")) for name in digests]
         rows = sum(report["rows"] for report in reports)
         bad = rows - sum(report["finite"] for report in reports)
         if bad > self.config.reembed.max_bad_share * rows:

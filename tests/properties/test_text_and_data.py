@@ -241,5 +241,6 @@ def test_every_row_comes_once_an_epoch(n: int, batch: int, epochs: int, seed: in
 def test_the_order_at_a_step_needs_no_history(step: int) -> None:
     assert rows_for_step(97, 8, step, 5).tolist() == rows_for_step(97, 8, step, 5).tolist()
     assert rows_for_step(97, 97, step, 5).tolist() != rows_for_step(97, 97, step, 6).tolist()
+    assert rows_for_step(97, 97, step, 5).tolist() != rows_for_step(97, 97, step + 1, 5).tolist()
     with pytest.raises(ValueError, match="step=-1"):
         rows_for_step(97, 8, -1, 5)

@@ -13,7 +13,7 @@ from realm_core.corpus.shards import Corpus, write_shards
 from realm_core.corpus.writer import shard_of
 from realm_core.errors import ArtifactError, ConfigError, DataError
 from realm_core.text.blocks import pack_document
-from realm_core.text.tokenizer import Tokenizer, build_vocabulary
+from realm_core.text.tokenizer import SPECIAL_TOKENS, Tokenizer, build_vocabulary
 
 TEXT = (
     "Mount Elbert is in Colorado. It rises 4,401 metres above the sea. Nobody lives there.\n\n"
@@ -171,6 +171,15 @@ def test_an_over_long_sentence_is_split_only_when_asked(tokenizer: Tokenizer) ->
     assert " ".join(block.text for block in blocks).split() == document.text.split()
 
 
+def test_a_part_that_needs_more_wordpieces_on_its_own_is_cut_shorter() -> None:
+    tokenizer = Tokenizer([*SPECIAL_TOKENS, "un", "##bev", "b", "##e", "##v"])
+    word = "un" + "bev" * 30
+    assert len(tokenizer.ids(word)) == 31
+    blocks = pack_document(Document("x", "", word), tokenizer, limit=16)
+    assert max(3 + len(block.token_ids) for block in blocks) == 16
+    assert "".join(block.text for block in blocks) == word
+
+
 def test_a_block_limit_without_room_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="limit 15"):
         pack_document(DOCUMENTS[0], tokenizer, limit=15)
@@ -194,6 +203,22 @@ def test_a_corpus_gives_back_what_packing_made(corpus: Corpus, tokenizer: Tokeni
     assert corpus.texts(order) == [corpus.text(row) for row in order]
     assert [row for name in corpus.shards for row in corpus.shard_rows(name)] == list(range(len(corpus)))
     assert corpus.tokenizer.digest == tokenizer.digest
+
+
+def test_texts_are_found_across_row_groups(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("realm_core.corpus.writer.ROWS_PER_GROUP", 2)
+    monkeypatch.setattr("realm_core.corpus.shards.ROWS_PER_GROUP", 2)
+    documents = [Document(f"{number:02d}", "t", f"Number {number}.") for number in range(41)]
+    write_shards(documents, tmp_path / "c", tokenizer)
+    rows = [*range(40, -1, -1), *range(41)]
+    assert Corpus.open(tmp_path / "c").texts(rows) == [f"Number {row}." for row in rows]
+
+
+def test_documents_spread_over_the_shards_and_stay_there() -> None:
+    assert {shard_of(str(number), 4) for number in range(100)} == {0, 1, 2, 3}
+    assert [shard_of(name, 64) for name in ("elbert", "", "Émile")] == [55, 20, 33]
 
 
 def test_a_block_is_found_by_identity_the_first_of_equals(corpus: Corpus) -> None:

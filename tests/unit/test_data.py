@@ -134,6 +134,11 @@ def test_masking_says_why_it_gave_nothing(corpus: Corpus) -> None:
         masked_query(corpus, 0, rng, "all", 30, 10, tokenizer)
 
 
+def test_the_last_mask_must_stand_before_the_closing_separator() -> None:
+    assert mask_tokens(list(range(20)), [7], 0, 10, 4, 103)[0] is not None
+    assert mask_tokens(list(range(20)), [8], 0, 10, 4, 103) == (None, TRUNCATED)
+
+
 def test_a_long_span_is_masked_whole_but_predicted_in_part() -> None:
     query, _ = mask_tokens(list(range(20)), list(range(3, 9)), 0, 30, 4, 103)
     assert query is not None
