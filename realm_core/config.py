@@ -7,6 +7,7 @@ the sections it reads, and the digest over exactly those goes into its manifest.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,7 +22,7 @@ DEFAULT_PARAMS = Path(__file__).with_name("params.yaml")
 class Section(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RuntimeConfig(Section):
@@ -229,7 +230,9 @@ def load_config(params: Path | None = None, profile: str = "demo", overrides: Se
     profiles = _read_profiles(path)
     if profile not in profiles:
         raise ConfigError(f"{path}: no profile {profile!r}; it has {', '.join(sorted(profiles))}")
-    values = json.loads(json.dumps(profiles[profile] or {}))
+    values = deepcopy(profiles[profile] or {})
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: {profile}: a {type(values).__name__}, expected sections; mend the file")
     for override in overrides:
         _apply_override(values, override)
     return config_from(values, where=f"{path}: {profile}")
@@ -248,6 +251,8 @@ def _read_profiles(path: Path) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); pass --params FILE") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; mend the file") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]}); mend the file") from None
     if not isinstance(document, dict) or not isinstance(document.get("profiles"), dict):

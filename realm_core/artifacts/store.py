@@ -12,22 +12,23 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from realm_core.artifacts.manifest import MANIFEST, Manifest, Plan, read_manifest
-from realm_core.artifacts.publish import append_durably, read_json_lines, write_durably
+from realm_core.artifacts.manifest import MANIFEST, PRUNED, Manifest, Plan, read_manifest
+from realm_core.artifacts.publish import append_durably, operator_error, read_json_lines, write_durably
 from realm_core.config import Config, config_from
 from realm_core.errors import ArtifactError, ConfigError
 
 SCHEMA = 1
 VERSIONED = ("corpus", "questions", "ict", "sparse_readers")
 BY_CHECKPOINT = ("checkpoints", "snapshots", "indexes", "verdicts", "evaluations", "readers", "results")
-PRUNED = "pruned.json"
+_VERSION = re.compile(r"^v\d{4,}$")
 _KEY = re.compile(r"^(?P<run>[a-z0-9][a-z0-9_]*)-s(?P<step>\d{7})$")
 
 
@@ -63,6 +64,7 @@ class Store:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self._pointer_lock = FileLock(home / ".live.lock")
 
     @classmethod
     def open(cls, home: Path) -> "Store":
@@ -84,8 +86,7 @@ class Store:
             "sources": dict(sources),
             "config": config.model_dump(mode="json"),
         }
-        if (home / "home.json").exists():
-            found = store.settings()
+        if found := store._settings_if_any():
             if difference := _first_difference(found, wanted):
                 raise ConfigError(f"{home}: made with other settings: {difference}; pass them again or another --home")
             return store
@@ -98,12 +99,18 @@ class Store:
 
     def settings(self) -> dict[str, Any]:
         """Content of home.json."""
+        values = self._settings_if_any()
+        if values is None:
+            raise ArtifactError(f"{self.home}: not a realm home; make one with realm demo or realm run")
+        return values
+
+    def _settings_if_any(self) -> dict[str, Any] | None:
         path = self.home / "home.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             found = values["schema"]
-        except FileNotFoundError:
-            raise ArtifactError(f"{self.home}: not a realm home; make one with realm demo or realm run") from None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except OSError as error:
             raise ArtifactError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from None
         except (ValueError, KeyError, TypeError):
@@ -143,7 +150,7 @@ class Store:
 
     def newest(self, kind: str) -> Path:
         """Newest version of a kind. Raises ArtifactError if there is none."""
-        names = self.names(kind)
+        names = self._versions(kind)
         if not names:
             raise ArtifactError(f"{self.home}: no {kind} yet; materialise it first")
         return self.path(kind, names[-1])
@@ -151,11 +158,15 @@ class Store:
     def version_for(self, kind: str, plan: Plan) -> Path:
         """The version that is the result of `plan`, or the folder of the next version if there is none yet."""
         assert kind in VERSIONED, kind
-        names = self.names(kind)
+        names = self._versions(kind)
         for name in reversed(names):
             if plan.describes(self.manifest(kind, name)):
                 return self.path(kind, name)
         return self.path(kind, f"v{int(names[-1][1:]) + 1 if names else 1:04d}")
+
+    def _versions(self, kind: str) -> list[str]:
+        """v0001, v0002 … in the order they were made; a folder somebody named otherwise is no version."""
+        return sorted((name for name in self.names(kind) if _VERSION.match(name)), key=lambda name: int(name[1:]))
 
     def find(self, digest: str) -> Path | None:
         """Folder of the artifact whose manifest digest starts with `digest`."""
@@ -196,13 +207,17 @@ class Store:
         """The live index version, or None before the first promotion."""
         path = self.home / "live.json"
         try:
-            return Live(**json.loads(path.read_text(encoding="utf-8")))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            found = values["schema"]
+            if found == SCHEMA:
+                return Live(**values)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError):
-            raise ArtifactError(
-                f"{path}: damaged; restore the last line of live.history.jsonl with realm promote"
-            ) from None
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from None
+        except (ValueError, KeyError, TypeError):
+            raise ArtifactError(f"{path}: damaged; put the last line of live.history.jsonl in its place") from None
+        raise ArtifactError(f"{path}: schema {found}, this code reads {SCHEMA}; use the version that wrote it")
 
     def require_live(self) -> Live:
         live = self.live()
@@ -212,13 +227,14 @@ class Store:
 
     def move_live(self, index: str, index_digest: str, checkpoint_digest: str, reason: str, run_id: str | None) -> Live:
         """Move the pointer: history first, then one atomic replace. Only the promotion stage calls this."""
-        with FileLock(self.home / ".live.lock"):
-            before = self.live()
+        with self.pointer_lock():
+            history = self.live_history()[-1:]  # a crash may have left a last line that live.json never showed
+            before = [live.generation for live in (self.live(), *history) if live is not None]
             live = Live(
                 index=index,
                 index_digest=index_digest,
                 checkpoint_digest=checkpoint_digest,
-                generation=(before.generation if before else 0) + 1,
+                generation=max(before, default=0) + 1,
                 promoted_at=time.time(),
                 reason=reason,
                 dagster_run_id=run_id,
@@ -229,36 +245,63 @@ class Store:
 
     def live_history(self) -> list[Live]:
         """Every move of the pointer, oldest first."""
-        return [Live(**row) for row in read_json_lines(self.home / "live.history.jsonl")]
+        rows = read_json_lines(self.home / "live.history.jsonl")
+        return [Live(**row) for row in rows if row.get("schema") == SCHEMA]
+
+    @contextmanager
+    def pointer_lock(self) -> Iterator[None]:
+        """Held from the look at the live version to the move: two promotions never decide on the same state. Reentrant."""
+        try:
+            self._pointer_lock.acquire()
+        except OSError as error:
+            raise operator_error(error, self.home) from None
+        try:
+            yield
+        finally:
+            self._pointer_lock.release()
 
     # --- retention -----------------------------------------------------------------------------------------------
 
     def prune_checkpoints(self, run: str, keep: int, spare: set[str]) -> list[str]:
         """Drop the bytes of old checkpoints but keep their manifests, so that lineage stays walkable.
 
-        Spared are the newest `keep`, those in `spare`, and whatever the live index was built from.
+        Spared are the newest `keep`, those in `spare`, what the live index was built from, and what is being refreshed.
         """
         live = self.live()
         spared = spare | ({live.index} if live else set())
         dropped = []
         for key in self.checkpoints(run)[:-keep]:
-            if key in spared or self._unembedded(key):
+            if key in spared or self._being_refreshed(key, live):
                 continue
-            folder = self.path("checkpoints", key)
             # The mark comes first: a crash in between leaves a checkpoint that says it is incomplete.
-            write_durably(folder / PRUNED, json.dumps({"pruned_at": time.time()}) + "\n")
-            for entry in folder.iterdir():
-                if entry.name in (MANIFEST, PRUNED):
-                    continue
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            mark = self.path("checkpoints", key) / PRUNED
+            write_durably(mark, json.dumps({"pruned_at": time.time()}) + "\n")
             dropped.append(key)
+        for key in self.names("checkpoints"):  # those marked just now, and what a crash left of earlier ones
+            folder = self.path("checkpoints", key)
+            if parse_key(key)[0] == run and (folder / PRUNED).exists():
+                _drop_files(folder)
         return dropped
 
-    def _unembedded(self, key: str) -> bool:
-        # An index names the checkpoint whose query tower it must be asked with, so that checkpoint stays while
-        # a refresh of it is under way: its scratch folder exists and its verdict does not.
-        under_way = (self.home / "snapshots" / f".{key}.partial").exists() or self.has("snapshots", key)
-        return under_way and not self.has("verdicts", key)
+    def _being_refreshed(self, key: str, live: Live | None) -> bool:
+        """Whether an index of this checkpoint may still go live: it must then be asked with this query tower.
+
+        True from the first embedded shard until the verdict refuses it, it is scored, or a later step is live.
+        """
+        begun = (self.home / "snapshots" / f".{key}.partial").exists() or self.has("snapshots", key)
+        if not begun or self.has("evaluations", key):
+            return False
+        if live is not None:
+            (run, step), (live_run, live_step) = parse_key(key), parse_key(live.index)
+            if run == live_run and step <= live_step:
+                return False
+        return not self.has("verdicts", key) or bool(self.manifest("verdicts", key).facts["passed"])
+
+
+def _drop_files(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name not in (MANIFEST, PRUNED):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str | None:

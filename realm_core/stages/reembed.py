@@ -7,7 +7,6 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-
 from realm_core.artifacts.manifest import Manifest, Plan, file_sha256, open_artifact, read_manifest, verify_files
 from realm_core.artifacts.publish import building, finished, write_durably
 from realm_core.artifacts.store import PRUNED
