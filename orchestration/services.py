@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from orchestration.lease import Lease
 from orchestration.resources.tracking import default_uri
 from realm_core.errors import ArtifactError, BusyError, RealmError
 
@@ -72,13 +73,14 @@ def dagster(*arguments: str) -> list[str]:
 class Service:
     """A child in a process group of its own, so that ending it ends its children too."""
 
-    def __init__(self, name: str, command: list[str], home: Path, extra: Mapping[str, str] | None = None) -> None:
+    def __init__(self, name: str, command: list[str], home: Path, keep: Sequence[int] = ()) -> None:
         self.name = name
         self.log = home / "logs" / f"{name}.log"
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 command,
-                env={**environment(home), **(extra or {})},
+                env=environment(home),
+                pass_fds=keep,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -102,8 +104,24 @@ class Service:
                 return
 
 
+class OthersDaemon:
+    """The daemon that another command runs for this home: watched, never ended."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.log = home / "logs" / "daemon.log"
+
+    def require_alive(self) -> None:
+        """Raise RealmError if it ended."""
+        if daemon_process(self.home) is None:
+            raise RealmError(f"{self.home}: the daemon that another command ran has ended; run the same command again")
+
+    def stop(self) -> None:
+        """It belongs to another command."""
+
+
 @contextmanager
-def running(*services: Service) -> Iterator[None]:
+def running(*services: Service | OthersDaemon) -> Iterator[None]:
     """Keep services for the length of a block; an error or Ctrl-C ends them too."""
     try:
         yield
@@ -112,9 +130,27 @@ def running(*services: Service) -> Iterator[None]:
             service.stop()
 
 
-def daemon(home: Path) -> Service:
-    """Dagster's daemon: sensors, schedules, the run queue."""
-    return Service("daemon", dagster("dagster._daemon", "run"), home)
+def daemon(home: Path) -> Service | OthersDaemon:
+    """Dagster's daemon: sensors, schedules, the run queue. Two would work against each other, so one found is shared."""
+    if daemon_process(home) is not None:
+        return OthersDaemon(home)
+    lease = _daemon_lease(home)
+    held = lease.take("a daemon")
+    try:
+        service = Service("daemon", dagster("dagster._daemon", "run"), home, keep=[held])
+        lease.sign(held, service.process.pid)
+    finally:
+        os.close(held)  # the daemon holds it now, and its own children do not inherit it
+    return service
+
+
+def daemon_process(home: Path) -> int | None:
+    """Process id of the daemon that works on this home, or None."""
+    return _daemon_lease(home).holder()
+
+
+def _daemon_lease(home: Path) -> Lease:
+    return Lease(dagster_home(home) / "daemon.json")
 
 
 def webserver(home: Path, port: int) -> Service:

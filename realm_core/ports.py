@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TextIO, runtime_checkable
 
+from realm_core.errors import ArtifactError
+
 Clock = Callable[[], float]  # seconds since the epoch
 
 
@@ -29,15 +31,28 @@ class MemorySink:
 
 
 class JsonLinesSink:
-    """Appends one JSON object a row to a file, so that a run can be read while it goes on."""
+    """Appends one JSON object a row to a file, so that a run can be read while it goes on.
+
+    Raises ArtifactError at once if the file cannot be written. A disk that fills up later costs rows, not the run.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
+        self.path, self.warned = path, False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values}) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            if not self.warned:
+                print(f"warning: {self.path}: rows are lost from step {step} on ({error.strerror})", file=sys.stderr)
+            self.warned = True
 
 
 class FanOutSink:

@@ -43,11 +43,13 @@ class MlflowTracker:
 
     def url(self, run: str) -> str | None:
         """Address of the run on an MLflow server; for a database without server, None."""
-        run_id = self.run_id(run)
-        if run_id is None or not self.uri.startswith("http"):
+        if not self.uri.startswith("http"):
             return None
-        experiment = self._client.get_run(run_id).info.experiment_id
-        return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+        with suppress(Exception):
+            run_id = self._run_id(run)
+            experiment = self._client.get_run(run_id).info.experiment_id
+            return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+        return None
 
     def run_id(self, run: str) -> str | None:
         """MLflow's id of a training run, created on first use; None while MLflow is down."""
@@ -55,12 +57,26 @@ class MlflowTracker:
             return self._run_id(run)
         return None
 
-    def finish(self, run: str) -> None:
-        """Send what is spooled and mark the MLflow run as finished."""
+    def start(self, run: str) -> str | None:
+        """Mark the MLflow run as running, also when it ended before and now goes on. Returns its id as `run_id` does."""
+        with suppress(Exception):
+            run_id = self._run_id(run)
+            self._client.update_run(run_id, status="RUNNING")
+            return run_id
+        return None
+
+    def finish(self, run: str, status: str = "FINISHED") -> None:
+        """Send what is spooled and end the MLflow run: FINISHED, FAILED, or KILLED if it can go on later."""
         self._down_until = 0.0
         self._flush(run)
         with suppress(Exception):
-            self._client.set_terminated(self._run_id(run))
+            self._client.set_terminated(self._run_id(run), status)
+
+    def flush(self) -> None:
+        """Send what is spooled for any run, if the tracker can be reached."""
+        self._down_until = 0.0
+        for path in sorted(self.spool.glob("*.jsonl")):
+            self._flush(path.stem)
 
     # --- below: may raise, callers above and `_send_or_spool` catch --------------------------------------------------
 
@@ -73,10 +89,13 @@ class MlflowTracker:
                 self._send(run, [row])
                 return
             except Exception as error:  # whatever a tracker or its transport raises must not reach training
-                self._note_failure(error)
-        self.spool.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.spool / f".{run}.lock"), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+                self._note_failure(run, error)
+        try:
+            self.spool.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.spool / f".{run}.lock"), path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            log.warning("%s: a row of metrics is lost (%s)", path, error)
         if waiting:
             self._flush(run)
 
@@ -91,17 +110,16 @@ class MlflowTracker:
         except Timeout:
             return  # somebody else flushes
         except Exception as error:
-            self._note_failure(error)
+            self._note_failure(run, error)
 
     def _send(self, run: str, rows: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric, RunTag
 
         run_id = self._run_id(run)
         metrics = [
-            Metric(name, float(value), row["time"], row["step"])
+            Metric(name, value, row["time"], row["step"])
             for row in rows
             for name, value in row.get("metrics", {}).items()
-            if value is not None
         ]
         tags = [RunTag(key, str(value)) for row in rows for key, value in row.get("tags", {}).items()]
         for start in range(0, len(metrics), 900):  # MLflow takes at most 1000 metrics in a batch
@@ -110,8 +128,12 @@ class MlflowTracker:
             self._client.log_batch(run_id, tags=tags)
 
     def _run_id(self, run: str) -> str:
-        client = self._connect()
-        if run not in self._runs:
+        if run in self._runs:
+            return self._runs[run]
+        self.spool.mkdir(parents=True, exist_ok=True)
+        # Trainer and refresh look for a run at the same time: unlocked, both would create it, and a new database too.
+        with FileLock(self.spool / ".runs.lock"):
+            client = self._connect()
             experiment = client.get_experiment_by_name(EXPERIMENT)
             experiment_id = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
             found = client.search_runs([experiment_id], filter_string=f"tags.`{RUN_TAG}` = '{run}'", max_results=1)
@@ -131,8 +153,9 @@ class MlflowTracker:
             self._client = MlflowClient(self.uri)
         return self._client
 
-    def _note_failure(self, error: Exception) -> None:
+    def _note_failure(self, run: str, error: Exception) -> None:
         self._down_until = time.monotonic() + _RETRY_SECONDS
+        self._runs.pop(run, None)  # somebody may have deleted it
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning("MLflow at %s: %s; metrics are spooled in %s and sent later", self.uri, first_line, self.spool)
 
@@ -142,7 +165,8 @@ class _RunSink:
         self.tracker, self.run = tracker, run
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.tracker._send_or_spool(self.run, {"step": step, "metrics": dict(values)})
+        metrics = {name: float(value) for name, value in values.items() if value is not None}
+        self.tracker._send_or_spool(self.run, {"step": step, "metrics": metrics})
 
 
 @dg.resource(config_schema={"home": dg.StringSource}, description="MLflow; see tracker_for for the address.")

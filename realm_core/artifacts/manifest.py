@@ -83,7 +83,9 @@ def read_manifest(folder: Path) -> Manifest:
     except TypeError as error:
         raise ArtifactError(f"{path}: {error}; remove the folder and run its stage again") from None
     if manifest.digest != digest:
-        raise ArtifactError(f"{path}: content gives {manifest.digest[:12]}, it says {digest[:12]}; it was edited, restore it")
+        raise ArtifactError(
+            f"{path}: content gives {manifest.digest[:12]}, it says {digest[:12]}; it was edited, restore it"
+        )
     return manifest
 
 

@@ -217,7 +217,9 @@ def operator_error(error: OSError, place: Path) -> ArtifactError:
 
 def _disk_full(place: Path) -> ArtifactError:
     free = shutil.disk_usage(place if place.is_dir() else place.parent).free
-    return ArtifactError(f"{place}: disk full or quota reached, {free} bytes free; free space and run again, nothing was published")
+    return ArtifactError(
+        f"{place}: disk full or quota reached, {free} bytes free; free space and run again, nothing was published"
+    )
 
 
 def _no_room(error: Exception) -> bool:

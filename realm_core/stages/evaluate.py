@@ -122,7 +122,9 @@ class Pipeline:
         if self.index is None:
             scores, rows = Bm25.over(self.corpus).search(questions, k)
             return rows, scores
-        vectors = self.index.embed(self.tokenizer.batch_ids(questions), length=None)
+        longest = self.index.retriever.query_tower.shape.max_positions - 2
+        asked = [ids[:longest] for ids in self.tokenizer.batch_ids(questions)]
+        vectors = self.index.embed(asked, length=None)
         scores, rows = self.index.search_vectors(vectors, k)
         return rows, scores
 
@@ -169,7 +171,7 @@ def open_pipeline(
     return Pipeline(
         corpus=opened,
         tokenizer=opened.tokenizer,
-        reader=load_reader(reader, reader_start).to(device.torch_device),
+        reader=load_reader(reader).to(device.torch_device),
         index=version,
         adds_relevance=adds_relevance,
         device=device,

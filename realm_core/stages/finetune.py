@@ -4,6 +4,7 @@ Without an index the reader is trained on BM25's passages: the sparse baseline.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,9 +15,10 @@ from realm_core.baselines.bm25 import Bm25
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.index.version import open_version, require_parent, snapshot_of
-from realm_core.model.bundle import RealmModel, encoder_shape, load_module, save_module
+from realm_core.model.bundle import RealmModel, load_module, save_module
 from realm_core.model.device import resolve
 from realm_core.model.embedder import Retriever
+from realm_core.model.encoder import EncoderShape
 from realm_core.model.reader import Reader
 from realm_core.ports import MetricSink
 from realm_core.stages import CODE
@@ -79,7 +81,11 @@ def run(
         save_module(reader, build.folder / READER)
         if index is not None:
             save_module(model.retriever.query_tower, build.folder / QUESTION_TOWER)
-        shapes = {"span_hidden": config.reader.span_hidden, "max_span_width": config.reader.max_span_width}
+        shapes = {
+            "encoder": asdict(reader.shape),
+            "span_hidden": config.reader.span_hidden,
+            "max_span_width": config.reader.max_span_width,
+        }
         (build.folder / SHAPES).write_text(json.dumps(shapes) + "\n", encoding="utf-8")
         facts = {"retrieval": "bm25" if index is None else "dense", "metrics": metrics}
         if index is not None:
@@ -87,10 +93,10 @@ def run(
         return build.commit(facts)
 
 
-def load_reader(folder: Path, checkpoint: Path) -> Reader:
-    """The reader of a finished fine-tuning; its shape is that of the checkpoint it started from."""
+def load_reader(folder: Path) -> Reader:
+    """The reader of a finished fine-tuning. It needs no checkpoint: retention may drop the one it started from."""
     shapes = json.loads((folder / SHAPES).read_text(encoding="utf-8"))
-    reader = Reader(encoder_shape(checkpoint), shapes["span_hidden"], shapes["max_span_width"])
+    reader = Reader(EncoderShape(**shapes["encoder"]), shapes["span_hidden"], shapes["max_span_width"])
     load_module(reader, folder / READER)
     return reader.eval()
 

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from realm_core.artifacts.manifest import Manifest, Plan, file_sha256, open_artifact, read_manifest
+from realm_core.artifacts.manifest import Manifest, Plan, open_artifact, read_manifest
 from realm_core.artifacts.publish import building, finished
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.model.bundle import new_model
 from realm_core.model.device import resolve
-from realm_core.model.weights import WEIGHTS, load_start_weights, weights_folder
+from realm_core.model.weights import load_start_weights, weights_sha256
 from realm_core.ports import MetricSink
 from realm_core.stages import CODE
 from realm_core.train.ict import train_ict
@@ -21,7 +21,7 @@ def plan(config: Config, *, corpus: Path) -> Plan:
     """What `run` would make from `corpus`."""
     sources = {}
     if config.model.weights != "random":
-        sources["weights"] = config.model.weights_sha256 or file_sha256(weights_folder(config.model) / WEIGHTS)
+        sources["weights"] = weights_sha256(config.model)
     return Plan(
         stage="ict",
         code=CODE["ict"],

@@ -61,7 +61,6 @@ class _Run:
     def __init__(self, config: Config, store: Store, name: str, corpus: Path, newest: Path, sink: MetricSink) -> None:
         self.config, self.store, self.name, self.corpus, self.newest = config, store, name, corpus, newest
         self.folder = store.trainer(name)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.sink = FanOutSink(JsonLinesSink(self.folder / STEPS), sink)
         self.device = resolve(config.runtime, shared=True)
         model = RealmModel.load(newest).to(self.device.torch_device)
@@ -116,11 +115,13 @@ class _Run:
         self.store.prune_checkpoints(self.name, self.config.pretrain.keep, spare=self._worth_keeping())
 
     def _worth_keeping(self) -> set[str]:
-        """The start, which is the ICT-only baseline, and the checkpoint with the highest retrieval utility."""
+        """The start, which is the ICT-only baseline, the checkpoint with the highest retrieval utility, and those whose
+        index serves this run: a resumed run asks it again."""
         keys = self.store.checkpoints(self.name)
         utility = {key: self.store.manifest("checkpoints", key).facts["metrics"].get("utility") for key in keys}
         known = {key: value for key, value in utility.items() if value is not None}
-        return {keys[0], *([max(known, key=lambda key: known[key])] if known else [])}
+        best = {max(known, key=lambda key: known[key])} if known else set()
+        return {keys[0], *best, *self.follower.in_use}
 
     def _warn(self, message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)

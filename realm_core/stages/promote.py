@@ -2,39 +2,53 @@
 
 from pathlib import Path
 
-from realm_core.artifacts.manifest import Manifest, open_artifact, read_manifest
+from realm_core.artifacts.manifest import Manifest, open_artifact, read_manifest, verify_files
 from realm_core.artifacts.publish import provenance
 from realm_core.artifacts.store import Live, Store, parse_key
 from realm_core.config import Config
 from realm_core.errors import GateError
+from realm_core.model.bundle import EMBEDDER
+from realm_core.stages.qualify import SECTIONS as VERDICT_SECTIONS
 
 
 def run(config: Config, *, store: Store, name: str, reason: str = "by hand", allow_older: bool = False) -> Live:
     """Verify again and move `live.json`. Promoting what is live already changes nothing.
 
-    Raises GateError naming the first condition that fails, ArtifactError if a byte changed since qualification.
+    Raises GateError naming the first condition that fails, ArtifactError if a byte changed since qualification or if the
+    query tower of the version is gone.
     """
     index = open_artifact(store.path("indexes", name), "index")
-    live = store.live()
-    if live is not None and live.index_digest == index.digest:
-        return live
-    _require_verdict(store, name, index)
-    if live is not None:
-        _require_newer(store, name, live, allow_older)
-        _require_no_worse(config, store, name, live)
-    checkpoint = index.parents["checkpoint"]
-    return store.move_live(name, index.digest, checkpoint, reason, provenance().get("dagster_run_id"))
+    with store.pointer_lock():
+        live = store.live()
+        if live is not None and live.index_digest == index.digest:
+            return live
+        _require_verdict(config, store, name, index)
+        checkpoint = _require_query_tower(store, name)
+        if live is not None:
+            _require_newer(store, name, live, allow_older)
+            _require_no_worse(config, store, name, live)
+        return store.move_live(name, index.digest, checkpoint.digest, reason, provenance().get("dagster_run_id"))
 
 
-def _require_verdict(store: Store, name: str, index: Manifest) -> None:
+def _require_verdict(config: Config, store: Store, name: str, index: Manifest) -> None:
     if not store.has("verdicts", name):
         raise GateError(f"{name}: not qualified; run the refresh_index job for it, or realm qualify")
-    verdict = store.manifest("verdicts", name)
+    verdict = open_artifact(store.path("verdicts", name), "qualify")
+    if verdict.config_digest != config.digest(*VERDICT_SECTIONS):
+        raise GateError(f"{name}: its verdict was given under other settings; qualify it with those of this home")
     if verdict.parents["index"] != index.digest:
         raise GateError(f"{name}: its verdict is about index {verdict.parents['index'][:12]}; qualify it again")
     if not verdict.facts["passed"]:
         failed = [f"{key}: {value['found']}" for key, value in verdict.facts["findings"].items() if not value["passed"]]
         raise GateError(f"{name}: refused by its verdict ({'; '.join(failed)}); the live index stays")
+
+
+def _require_query_tower(store: Store, name: str) -> Manifest:
+    """The checkpoint whose query tower the version is asked with: there, and unaltered."""
+    folder = store.parent(store.path("indexes", name), "checkpoint")
+    checkpoint = read_manifest(folder)
+    verify_files(folder, checkpoint, only=EMBEDDER)
+    return checkpoint
 
 
 def _require_newer(store: Store, name: str, live: Live, allow_older: bool) -> None:

@@ -4,6 +4,7 @@ A killed pass keeps its finished shards: the scratch folder is handed to the nex
 """
 
 import json
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def run(config: Config, *, checkpoint: Path, corpus: Path, out: Path, sink: Metr
     device = resolve(config.runtime, shared=True)
     with building(out, doing, resume=True) as build:
         pass_ = _Pass(config, checkpoint, blocks, build.folder, device)
+        pass_.drop_foreign_files()
         digests = {name: pass_.shard(name) for name in blocks.shards}
         report = pass_.report(digests)
         (build.folder / _DONE).unlink(missing_ok=True)
@@ -65,7 +67,8 @@ class _Pass:
     """One pass over the shards; remembers on disk which ones are done."""
 
     def __init__(self, config: Config, checkpoint: Path, corpus: Corpus, folder: Path, device: Device) -> None:
-        self.config, self.corpus, self.folder, self.device = config, corpus, folder, device
+        self.config, self.checkpoint, self.corpus, self.folder = config, checkpoint, corpus, folder
+        self.device = device
         self.retriever, self.tokenizer = load_retriever(checkpoint)
         if self.tokenizer.digest != corpus.tokenizer.digest:
             raise ArtifactError(f"{checkpoint}: other vocabulary than {corpus.folder}; build the corpus with it")
@@ -76,6 +79,13 @@ class _Pass:
         self.resumed = 0
         self.bar = Progress(f"embed {folder.name}", len(corpus), unit="blocks")
         self.embedded = 0
+
+    def drop_foreign_files(self) -> None:
+        """Remove what an attempt with another corpus left: it would be published with the rest."""
+        expected = {_DONE, *(f"{name}.npy" for name in self.corpus.shards)}
+        for entry in self.folder.iterdir():
+            if entry.name not in expected:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def shard(self, name: str) -> str:
         """sha256 of the shard's vectors, embedding it unless a finished, unaltered file is there."""
@@ -105,14 +115,15 @@ class _Pass:
         rows = sum(report["rows"] for report in reports)
         bad = rows - sum(report["finite"] for report in reports)
         if bad > self.config.reembed.max_bad_share * rows:
+            shutil.rmtree(self.folder)  # a second attempt has no use for it, and retention may then drop the checkpoint
             raise ArtifactError(
-                f"{self.folder}: {bad:.0f} of {rows:.0f} vectors are not finite; the checkpoint is broken, "
+                f"{self.checkpoint}: {bad:.0f} of {rows:.0f} vectors are not finite; it is broken, "
                 "resume training from an earlier one"
             )
         return {
             "bad_vectors": bad,
             "zero_vectors": sum(report["zero"] for report in reports),
-            "norm_min": min(report["norm_min"] for report in reports),
+            "norm_min": min(report["norm_min"] for report in reports if report["rows"]),
             "norm_max": max(report["norm_max"] for report in reports),
         }
 

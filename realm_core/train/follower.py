@@ -33,11 +33,18 @@ class IndexFollower:
         self._refused: set[str] = set()
 
     def resume(self, step: int, replay_until: int) -> None:
-        """Start at `step`; steps below `replay_until` ran before a crash and use the index they used then."""
-        self._replay_until = replay_until
+        """Start at `step`, with the index that served last; steps below `replay_until` ran before a crash and use the
+        index they used then, and so does the step that a recorded swap was made for."""
+        self._replay_until = max([replay_until, *(swap["step"] + 1 for swap in self._swaps)])
         recorded = self._recorded(step)
-        if recorded is not None and step < replay_until:
+        if recorded is not None:
             self.current = self._open(recorded)
+
+    @property
+    def in_use(self) -> set[str]:
+        """Names of the version that serves and of the one that is being read: a resumed run opens them again."""
+        loading = {self._loading.live.index} if self._loading else set()
+        return loading | ({self.current.name} if self.current else set())
 
     def wait_for_first(self, seconds: float, should_stop: Callable[[], bool]) -> bool:
         """Wait until some index is live. False if asked to stop; RealmError when the time is over."""
@@ -55,12 +62,11 @@ class IndexFollower:
 
     def at(self, step: int) -> IndexVersion:
         """The index version that serves this step; swaps first if there is a newer one ready."""
-        if step < self._replay_until:
-            recorded = self._recorded(step)
-            if recorded is not None and (self.current is None or recorded != self.current.name):
-                self.current = self._open(recorded)
-        else:
+        recorded = self._recorded(step) if step < self._replay_until else None
+        if recorded is None:
             self._follow(step)
+        elif self.current is None or recorded != self.current.name:
+            self.current = self._open(recorded)
         assert self.current is not None, "wait_for_first comes before the first step"
         return self.current
 
@@ -92,8 +98,7 @@ class IndexFollower:
     def _swap(self, step: int, version: IndexVersion) -> None:
         swap = {"step": step, "index": version.name, "index_digest": version.digest, "time": time.time()}
         append_durably(self.folder / SWAPS, swap)
-        # A swap recorded for a step that was never finished before a crash is void: the newer record stands.
-        self._swaps = [old for old in self._swaps if old["step"] < step] + [swap]
+        self._swaps.append(swap)
         self.current = version
 
     def _recorded(self, step: int) -> str | None:

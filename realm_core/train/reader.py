@@ -85,7 +85,8 @@ def train_reader(
     Returns means over the last tenth. Raises DataError if no question's answer can be found among its retrieved blocks.
     """
     settings, tokenizer = config.reader, corpus.tokenizer
-    ids = tokenizer.batch_ids([question.question for question in questions])
+    longest = reader.shape.max_positions - 2  # a longer question is cut; the original code would fail on it
+    ids = [asked[:longest] for asked in tokenizer.batch_ids([question.question for question in questions])]
     answer_ids = [tokenizer.batch_ids(question.answers) for question in questions]
     usable = _answerable(corpus, questions, ids, retrieval, settings.reader_beam, device)
     modules: dict[str, torch.nn.Module] = {"reader": reader}
