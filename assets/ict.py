@@ -19,5 +19,5 @@ def ict_checkpoint(
         config, corpus = store.config(), store.newest("corpus")
         folder = store.version_for("ict", ict.plan(config, corpus=corpus))
         manifest = ict.run(config, corpus=corpus, out=folder, sink=tracker.sink("ict"))
-    tracker.tag("ict", {"ict_digest": manifest.digest, "dagster_run_id": context.run_id})
+    tracker.tag("ict", {"ict_digest": manifest.digest, "dagster_run_id": context.run.run_id})
     return materialized(folder, manifest)

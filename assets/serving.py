@@ -45,7 +45,7 @@ def promoted_index(
     )
     run, step = parse_key(key)
     tracker.tag(
-        run, {"live_index": live.index, "live_index_digest": live.index_digest, "dagster_run_id": context.run_id}
+        run, {"live_index": live.index, "live_index_digest": live.index_digest, "dagster_run_id": context.run.run_id}
     )
     tracker.sink(run).log(step, {"index/generation": float(live.generation)})
     return dg.MaterializeResult(

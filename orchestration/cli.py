@@ -65,7 +65,7 @@ def up(
     services.prepare(home)
     services.require_free(port, "the Dagster UI")
     services.require_free(mlflow_port, "MLflow")
-    started: list[services.Service] = []
+    started: list[services.Service | services.OthersDaemon] = []
     try:
         for start in (
             lambda: services.daemon(home),

@@ -18,7 +18,10 @@ from orchestration.resources.tracking import tracking_resource  # noqa: E402
 HOME = {"home": {"env": "REALM_HOME"}}
 
 defs = dg.Definitions(
-    assets=dg.load_assets_from_modules([corpus, ict, checkpoint, index, evaluation, serving]),
+    assets=dg.load_assets_from_modules(
+        [corpus, ict, checkpoint, index, evaluation, serving],
+        include_specs=True,  # the live pointer
+    ),
     asset_checks=[checks.index_checks],
     jobs=jobs.ALL,
     sensors=sensors.ALL,

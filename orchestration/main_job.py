@@ -15,10 +15,12 @@ import dagster as dg
 from filelock import FileLock, Timeout
 
 from orchestration import report, services, trainer
+from realm_core.artifacts.manifest import file_sha256, read_manifest
 from realm_core.artifacts.store import Store, checkpoint_key
 from realm_core.config import Config
-from realm_core.errors import BusyError, RealmError
-from realm_core.evaluate.report import write_report
+from realm_core.errors import BusyError, DataError, RealmError
+from realm_core.evaluate.report import JSON, write_report
+from realm_core.stages import CODE
 
 RUN = "r1"
 _SETTLE_SECONDS = 900.0  # how long the last refresh may take after the trainer's last step
@@ -27,11 +29,13 @@ _SETTLE_SECONDS = 900.0  # how long the last refresh may take after the trainer'
 def run(home: Path, config: Config, profile: str, corpus: Path, questions: Path) -> dict[str, Any]:
     """Do the main job in `home`, resuming what is there; returns the report that is also written to `home`.
 
-    Raises RealmError with one line for everything an operator can mend. No process outlives the call.
+    Where everything is done already, the report of that time is returned. Raises RealmError with one line for everything
+    an operator can mend. No process that the call starts outlives it.
     """
     began = time.monotonic()
     sources = {"corpus": str(corpus.resolve()), "questions": str(questions.resolve())}
     store = Store.create(home, config, sources, profile)
+    _require_same_sources(store)
     services.prepare(home)
     lock = FileLock(home / ".main.lock")
     try:
@@ -39,12 +43,40 @@ def run(home: Path, config: Config, profile: str, corpus: Path, questions: Path)
     except Timeout:
         raise BusyError(f"{home}: the main job already runs here; wait for it, or pass another --home") from None
     with lock:
+        if (done := _finished_report(store)) is not None:
+            _say(f"all done before: {done['live']['checkpoint']} is live, {len(done['index_versions'])} index versions")
+            return done
         os.environ.update(services.environment(home))
         with dg.DagsterInstance.get() as instance:
             _loop(store, instance)
             result = report.collect(store, RUN, instance, time.monotonic() - began)
         write_report(home, result, report.steps_of(store, RUN))
     return result
+
+
+def _require_same_sources(store: Store) -> None:
+    """A training run stands on one corpus: a source that changed under a home is an error, not half a new home."""
+    for kind, source, role in (("corpus", "corpus", "documents"), ("questions", "questions", "questions")):
+        if not store.names(kind):
+            continue
+        path = store.source(source)
+        if read_manifest(store.newest(kind)).sources[role] != file_sha256(path):
+            raise DataError(f"{path}: changed since {store.home} was made from it; restore it or pass another --home")
+
+
+def _finished_report(store: Store) -> dict[str, Any] | None:
+    """The report in the home, if nothing is left to do there for the code that runs now."""
+    try:
+        found = json.loads((store.home / JSON).read_text(encoding="utf-8"))
+        live, last = store.require_live(), checkpoint_key(RUN, store.config().pretrain.steps)
+        needed = [("checkpoints", last), *(("results", key) for key in ("bm25", checkpoint_key(RUN, 0), live.index))]
+        made = [store.manifest(kind, name) for kind, name in needed]
+        made += [read_manifest(store.newest(kind)) for kind in ("corpus", "questions", "ict", "sparse_readers")]
+        current = all(manifest.code == CODE[manifest.stage] for manifest in made)
+        settled = store.has("verdicts", last) and trainer.alive(store.home, RUN) is None
+        return found if current and settled and found["live"]["index_digest"] == live.index_digest else None
+    except (OSError, ValueError, KeyError, TypeError, RealmError):
+        return None
 
 
 def _loop(store: Store, instance: dg.DagsterInstance) -> None:
@@ -73,35 +105,41 @@ def execute(home: Path, instance: dg.DagsterInstance, command: list[str]) -> Non
         while service.process.poll() is None:
             time.sleep(0.2)
     if service.process.returncode != 0:
-        raise RealmError(failure_text(instance, before) or f"{' '.join(command)} failed; see {service.log}")
+        raise RealmError(_failure_since(instance, before) or f"{' '.join(command)} failed; see {service.log}")
 
 
-def failure_text(instance: dg.DagsterInstance, since: float) -> str | None:
-    """What the first failed step of the newest failed run since `since` (seconds since the epoch) said."""
+def _failure_since(instance: dg.DagsterInstance, since: float) -> str | None:
+    """What the newest failed run since `since` (seconds since the epoch) said; those of the sensor are not ours."""
     filters = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE])
-    for record in instance.get_run_records(filters, limit=1):
-        if record.create_timestamp.timestamp() < since - 1:
-            continue
-        for entry in instance.all_logs(record.dagster_run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE):
-            data = entry.dagster_event.step_failure_data if entry.dagster_event else None
-            if data and data.user_failure_data and data.user_failure_data.description:
-                return data.user_failure_data.description
-            if data and data.error:
-                error = data.error
-                while error.cause is not None:
-                    error = error.cause
-                return f"{entry.step_key}: {error.message.strip()} (run {record.dagster_run.run_id})"
+    for record in instance.get_run_records(filters, limit=20):
+        run = record.dagster_run
+        if record.create_timestamp.timestamp() >= since - 1 and report.SENSOR_TAG not in run.tags:
+            return failure_text(instance, run.run_id)
     return None
 
 
-def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.Service) -> None:
+def failure_text(instance: dg.DagsterInstance, run_id: str) -> str | None:
+    """What the first failed step of a run said."""
+    for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_FAILURE):
+        data = entry.dagster_event.step_failure_data if entry.dagster_event else None
+        if data and data.user_failure_data and data.user_failure_data.description:
+            return data.user_failure_data.description
+        if data and data.error:
+            error = data.error
+            while error.cause is not None:
+                error = error.cause
+            return f"{entry.step_key}: {error.message.strip()} (run {run_id})"
+    return None
+
+
+def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.Service | services.OthersDaemon) -> None:
     """Wait until the trainer is done and its last checkpoint is settled: live, refused, or failed."""
     seen: set[str] = set()
     deadline: float | None = None
     while True:
         daemon.require_alive()
         _tell_news(store, seen)
-        running = trainer.alive(store.home, RUN) is not None or not _was_started(store)
+        running = trainer.alive(store.home, RUN) is not None
         outcome = trainer.outcome(store.home, RUN)  # after the look at the process: it writes this before it ends
         if outcome and outcome["error"]:
             raise RealmError(outcome["error"])
@@ -132,17 +170,12 @@ def _retry_failed_refresh(store: Store, instance: dg.DagsterInstance) -> None:
         execute(store.home, instance, ["dagster", "job", "execute", "-j", "refresh_index", "--tags", json.dumps(tags)])
 
 
-def _was_started(store: Store) -> bool:
-    lease = store.trainer(RUN) / trainer.LEASE
-    return lease.exists() and time.time() - lease.stat().st_mtime > 5
-
-
 def _settled(store: Store, instance: dg.DagsterInstance, key: str) -> bool:
+    """Whether the refresh of this checkpoint has ended; the last run too, whose end comes after the pointer's move."""
     live = store.live()
-    if live is not None and live.index == key:
-        return True
     runs = instance.get_runs(dg.RunsFilter(tags={"realm/checkpoint": key}))
-    return bool(runs) and all(run.is_finished for run in runs)
+    asked = bool(runs) or (live is not None and live.index == key)
+    return asked and all(run.is_finished for run in runs)
 
 
 def _first_refresh_failed(store: Store, instance: dg.DagsterInstance) -> str | None:
@@ -152,7 +185,7 @@ def _first_refresh_failed(store: Store, instance: dg.DagsterInstance) -> str | N
         return None
     runs = instance.get_runs(dg.RunsFilter(tags={"realm/checkpoint": key}))
     if runs and all(run.status == dg.DagsterRunStatus.FAILURE for run in runs):
-        return failure_text(instance, 0.0) or f"the first refresh failed: run {runs[0].run_id}"
+        return failure_text(instance, runs[0].run_id) or f"the first refresh failed: run {runs[0].run_id}"
     return None
 
 

@@ -1,21 +1,22 @@
-"""Dagster runs whose process is gone. After a crash of the machine or of the code server Dagster believes for ever that they
-still run, and as long as it does their pool lets nobody else in."""
+"""Dagster runs whose process is gone. After a crash of the machine, or of the code server, Dagster believes for ever that
+they still run, and for as long as it does their pool lets nobody else in."""
 
 import dagster as dg
 import psutil
 
+# Runs that are only starting are left to Dagster's run_monitoring, which has a time-out for them.
 _UNDER_WAY = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
 def reap(instance: dg.DagsterInstance) -> list[str]:
-    """Report dead runs as failed; returns their ids. Runs of this machine only, whose process wrote down its id."""
+    """Report runs of this machine as failed if their process is gone; returns their ids."""
     dead = []
     for record in instance.get_run_records(dg.RunsFilter(statuses=_UNDER_WAY)):
         run = record.dagster_run
         process = _process_of(instance, run.run_id)
-        if process is None or _lives(process, record.start_time):
+        if process is None or record.start_time is None or _lives(process, record.start_time):
             continue
-        instance.report_run_failed(run, f"Its process {process} is gone: the machine or its code server was stopped.")
+        instance.report_run_failed(run, f"Its process {process} is gone: the machine or the code server was stopped.")
         dead.append(run.run_id)
     return dead
 
@@ -23,18 +24,17 @@ def reap(instance: dg.DagsterInstance) -> list[str]:
 def _process_of(instance: dg.DagsterInstance, run_id: str) -> int | None:
     """The process that executes the steps, as the run's own log says."""
     for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
-        data = entry.dagster_event.engine_event_data if entry.dagster_event else None
-        if data and entry.dagster_event and entry.dagster_event.message and "in process" in entry.dagster_event.message:
-            found = data.metadata.get("pid")
-            if found is not None and str(found.value).isdigit():
-                return int(str(found.value))
+        event = entry.dagster_event
+        found = event.engine_event_data.metadata.get("pid") if event else None
+        if found is not None:
+            return int(str(found.value))
     return None
 
 
-def _lives(process: int, started: float | None) -> bool:
-    """Whether the process that ran at `started` (seconds since the epoch) still does; its number may be another's by now."""
+def _lives(process: int, started: float) -> bool:
+    """Whether the process that ran at `started` (seconds since the epoch) still does; its number may be reused by now."""
     try:
         found = psutil.Process(process)
-        return found.status() != psutil.STATUS_ZOMBIE and (started is None or found.create_time() <= started + 1)
+        return found.status() != psutil.STATUS_ZOMBIE and found.create_time() <= started + 1
     except psutil.NoSuchProcess:
         return False

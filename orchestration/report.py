@@ -19,6 +19,7 @@ def collect(store: Store, run: str, instance: dg.DagsterInstance, seconds: float
     """Everything `report.json` holds; its keys are a promise to other programs."""
     live = store.live()
     tracker = tracker_for(store.home)
+    tracker.flush()
     swaps = read_json_lines(store.trainer(run) / "swaps.jsonl")
     keys = [key for key in store.names("indexes") if parse_key(key)[0] == run]
     return {

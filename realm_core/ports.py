@@ -6,18 +6,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TextIO, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from realm_core.errors import ArtifactError
 
 Clock = Callable[[], float]  # seconds since the epoch
+Metrics = Mapping[str, float | int]
 
 
 @runtime_checkable
 class MetricSink(Protocol):
     """Receives measurements while a stage runs. An implementation must never raise into the stage."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Metrics) -> None: ...
 
 
 @dataclass
@@ -26,7 +27,7 @@ class MemorySink:
 
     rows: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Metrics) -> None:
         self.rows.append((step, dict(values)))
 
 
@@ -39,12 +40,12 @@ class JsonLinesSink:
     def __init__(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+            path.open("a").close()
         except OSError as error:
             raise ArtifactError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
         self.path, self.warned = path, False
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Metrics) -> None:
         line = json.dumps({"step": step, **values}) + "\n"
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -61,7 +62,7 @@ class FanOutSink:
     def __init__(self, *sinks: MetricSink) -> None:
         self.sinks = sinks
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Metrics) -> None:
         for sink in self.sinks:
             sink.log(step, values)
 
@@ -69,8 +70,17 @@ class FanOutSink:
 class NullSink:
     """Drops everything."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Metrics) -> None:
         return None
+
+
+@runtime_checkable
+class TextStream(Protocol):
+    """What progress is written to; `sys.stderr` is one."""
+
+    def write(self, text: str, /) -> int: ...
+    def flush(self) -> None: ...
+    def isatty(self) -> bool: ...
 
 
 @dataclass
@@ -80,7 +90,7 @@ class Progress:
     what: str
     total: int
     unit: str = "steps"
-    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    stream: TextStream = field(default_factory=lambda: sys.stderr)
     every_seconds: float = 10.0
     clock: Clock = time.monotonic
 

@@ -29,6 +29,7 @@ class Node:
             "code": manifest.code,
             "config_digest": manifest.config_digest,
             "parents": dict(manifest.parents),
+            "sources": dict(manifest.sources),
             "facts": dict(manifest.facts),
             "record": dict(manifest.record),
         }
@@ -89,8 +90,9 @@ def render(nodes: dict[str, Node]) -> str:
         brief = node.kind in full and node.kind in BY_CHECKPOINT
         full.add(node.kind)
         lines.append(f"{node.kind}/{node.name}  {node.manifest.digest[:12]}")
-        parents = ", ".join(_label(nodes, role, digest) for role, digest in node.manifest.parents.items())
-        lines.append(f"    from {parents}" if parents else "    from a source outside the store")
+        origins = [_label(nodes, role, digest) for role, digest in node.manifest.parents.items()]
+        origins += [f"{role} {_short_digest(digest)}" for role, digest in node.manifest.sources.items()]
+        lines.append(f"    from {', '.join(origins)}")
         if not brief:
             lines.extend(f"    {line}" for line in _details(node))
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from realm_core.artifacts.manifest import Manifest, Plan, open_artifact, read_manifest
+from realm_core.artifacts.manifest import Manifest, Plan, file_sha256, open_artifact, read_manifest
 from realm_core.artifacts.publish import building, finished
 from realm_core.baselines.bm25 import Bm25
 from realm_core.config import Config
@@ -48,9 +48,12 @@ def plan(
     }
     if index is not None and checkpoint is not None:
         parents |= {"index": read_manifest(index), "checkpoint": read_manifest(checkpoint)}
-    digest = config.digest(*SECTIONS)
     return Plan(
-        stage="evaluate", code=CODE["evaluate"], config_digest=digest, parents=parents, sources={"split": split}
+        stage="evaluate",
+        code=CODE["evaluate"],
+        config_digest=config.digest(*SECTIONS),
+        parents=parents,
+        sources={split: file_sha256(questions / f"{split}.jsonl")},
     )
 
 

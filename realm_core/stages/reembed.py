@@ -109,7 +109,7 @@ class _Pass:
         write_durably(self.folder / _DONE, json.dumps({**self.mark, "shards": self.done}) + "\n")
         return self.done[name]
 
-    def report(self, digests: dict[str, str]) -> dict[str, float]:
+    def report(self, digests: dict[str, str]) -> dict[str, int | float]:
         """Health of all vectors. Raises ArtifactError above the share of bad vectors that the settings allow."""
         reports = [vector_report(read_matrix(self.folder / f"{name}.npy")) for name in digests]
         rows = sum(report["rows"] for report in reports)

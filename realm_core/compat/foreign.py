@@ -1,0 +1,151 @@
+"""What a published checkpoint holds once its names and layouts are the project's own; and the check that it fits.
+
+The readers of foreign formats end here, the writer of artifacts begins here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from realm_core.errors import ConfigError, DataError
+from realm_core.model.encoder import EncoderShape
+
+Tensors = dict[str, Tensor]
+FINE_TUNED = "block vectors belong to the embedder before fine-tuning: search them, do not embed blocks with this one"
+_LISTED = 20  # names of a kind that one message holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieverPart:
+    """Tensors of a `Retriever` and all its sizes."""
+
+    shape: EncoderShape
+    tensors: Tensors
+    projection_size: int
+    projection_eps: float
+    share: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderPart:
+    """Tensors of a `KnowledgeEncoder` and its sizes."""
+
+    shape: EncoderShape
+    tensors: Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderPart:
+    """Tensors of a `Reader` and all its sizes."""
+
+    shape: EncoderShape
+    tensors: Tensors
+    span_hidden: int
+    max_span_width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """One or more published checkpoints. `block_vectors` may be a map of a file larger than memory."""
+
+    origins: tuple[str, ...]  # what was read, for people: "transformers RealmEmbedder"
+    retriever: RetrieverPart | None = None
+    encoder: EncoderPart | None = None
+    reader: ReaderPart | None = None
+    block_vectors: np.ndarray | None = None  # "N D", float32
+    block_records: Path | None = None
+    vocabulary: Path | None = None
+    sources: Mapping[str, str]  # file -> sha256
+    notes: tuple[str, ...] = ()
+
+
+def combined(parts: Sequence[Foreign]) -> Foreign:
+    """Several checkpoints as one. Raises DataError if two bring the same part, or if their vocabularies differ."""
+    whole = parts[0]
+    for part in parts[1:]:
+        for name in ("retriever", "encoder", "reader", "block_vectors"):
+            if getattr(whole, name) is not None and getattr(part, name) is not None:
+                raise DataError(f"{whole.origins[0]} and {part.origins[0]} both hold a {name}; leave one of them out")
+        whole = replace(
+            whole,
+            origins=whole.origins + part.origins,
+            retriever=whole.retriever or part.retriever,
+            encoder=whole.encoder or part.encoder,
+            reader=whole.reader or part.reader,
+            block_vectors=part.block_vectors if whole.block_vectors is None else whole.block_vectors,
+            block_records=whole.block_records or part.block_records,
+            vocabulary=_one_vocabulary(whole, part),
+            sources={**whole.sources, **part.sources},
+            notes=whole.notes + part.notes,
+        )
+    return whole
+
+
+def vocabulary_size(found: Foreign) -> int:
+    """Rows of the word embeddings. Raises DataError if the parts have different ones."""
+    sizes = {part.shape.vocab_size for part in (found.retriever, found.encoder, found.reader) if part is not None}
+    if len(sizes) != 1:
+        raise DataError(f"{' + '.join(found.origins)}: embeddings for {sorted(sizes)} wordpieces; combine equal ones")
+    return sizes.pop()
+
+
+def fitted(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module], where: str) -> Tensors:
+    """The tensors as float32 copies, if they are exactly those of the module that `build` makes.
+
+    Raises DataError naming every tensor that is missing, extra, of another shape, or not a finite number everywhere.
+    """
+    expected = _shapes_of(build, where)
+    missing = sorted(expected.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - expected.keys())
+    misshapen = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
+        for name, shape in sorted(expected.items())
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if missing or extra or misshapen:
+        lists = {"missing": missing, "extra": extra, "misshapen": misshapen}
+        found = "; ".join(f"{kind}: {listed(names)}" for kind, names in lists.items() if names)
+        raise DataError(f"{where}: the tensors do not fit the configuration; {found}")
+    unusable = [name for name, tensor in tensors.items() if not tensor.is_floating_point() or tensor.is_sparse]
+    if unusable:
+        raise DataError(f"{where}: not plain real numbers: {listed(unusable)}; use an unquantised checkpoint")
+    copies = {name: tensors[name].detach().to(torch.float32, copy=True).contiguous() for name in expected}
+    broken = [name for name, tensor in copies.items() if not tensor.isfinite().all()]
+    if broken:
+        raise DataError(f"{where}: values that are not finite in {listed(broken)}; the checkpoint is damaged")
+    return copies
+
+
+def require_layers(names: Iterable[str], layers: int, where: str) -> None:
+    """Raise DataError unless the tensors are those of so many layers. Asked before any module of that size is built."""
+    found = {
+        part for name in names if "encoder.layer." in name for part in [name.split("encoder.layer.")[1].split(".")[0]]
+    }
+    if found != {str(number) for number in range(min(layers, len(found) + 1))}:
+        raise DataError(f"{where}: tensors of layers {listed(sorted(found))}, the configuration says {layers} layers")
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names, the first of many."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _shapes_of(build: Callable[[], nn.Module], where: str) -> dict[str, torch.Size]:
+    """Shapes of a module's tensors; nothing is allocated for them."""
+    try:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in build().state_dict().items()}
+    except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
+        raise DataError(f"{where}: impossible sizes ({str(error).splitlines()[0]}); check its configuration") from None
+
+
+def _one_vocabulary(first: Foreign, second: Foreign) -> Path | None:
+    both = [path for path in (first.vocabulary, second.vocabulary) if path is not None]
+    if len(both) == 2 and both[0].read_bytes() != both[1].read_bytes():
+        raise DataError(f"{both[1]}: another vocabulary than {both[0]}; the two checkpoints do not belong together")
+    return both[0] if both else None

@@ -1,0 +1,5 @@
+"""Fixtures of the tests of the assets."""
+
+from tests.orchestration.homes import bootstrapped, empty_store, store
+
+__all__ = ["bootstrapped", "empty_store", "store"]

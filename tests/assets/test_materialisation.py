@@ -1,0 +1,265 @@
+"""Assets materialised in this process against a real small home: what Dagster is told is what the manifests say."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster import AssetKey
+
+from orchestration.definitions import defs
+from realm_core.artifacts.store import Store
+from realm_core.errors import DataError
+from realm_core.ports import MemorySink, Tracker
+from realm_core.stages import qualify, reembed
+from tests.orchestration import worlds
+
+START = "r1-s0000000"
+REFRESH = ("embedding_snapshot", "mips_index", "qa_eval", "promoted_index")
+CHECKS = ("no_missing_shard", "checksum", "vectors_sane", "recall_vs_bruteforce", "retriever_not_collapsed")
+
+
+@dataclass
+class MemoryTracker:
+    """Keeps rows and tags in memory."""
+
+    sinks: dict[str, MemorySink] = field(default_factory=dict)
+    tags: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def sink(self, run: str) -> MemorySink:
+        return self.sinks.setdefault(run, MemorySink())
+
+    def tag(self, run: str, tags: Mapping[str, str]) -> None:
+        self.tags.setdefault(run, {}).update(tags)
+
+    def url(self, run: str) -> str | None:
+        return f"http://tracker/{run}"
+
+
+@dataclass
+class World:
+    """One home, one Dagster instance, one tracker."""
+
+    store: Store
+    instance: dg.DagsterInstance
+    tracker: MemoryTracker = field(default_factory=MemoryTracker)
+
+    def materialise(
+        self, *names: str, key: str | None = None, config: Mapping[str, Any] | None = None
+    ) -> dg.ExecuteInProcessResult:
+        """Materialise assets and the checks on them, in a run of its own."""
+        if key:
+            self.instance.add_dynamic_partitions("realm_ckpt", [key])
+        selected = dg.AssetSelection.assets(*names)
+        return dg.materialize(
+            [*defs.assets, *defs.asset_checks],
+            selection=selected | dg.AssetSelection.checks_for_assets(*names),
+            partition_key=key,
+            instance=self.instance,
+            resources={"store": self.store, "tracker": self.tracker},
+            run_config={"ops": {"promoted_index": {"config": dict(config)}}} if config else None,
+            raise_on_error=False,
+        )
+
+    def newest_event(self, asset: str, key: str | None = None) -> dg.EventLogRecord:
+        records = self.instance.fetch_materializations(
+            dg.AssetRecordsFilter(asset_key=AssetKey(asset), asset_partitions=[key] if key else None), limit=1
+        ).records
+        return records[0]
+
+    def metadata(self, asset: str, key: str | None = None) -> dict[str, Any]:
+        found = self.newest_event(asset, key).asset_materialization.metadata
+        return {name: value.value for name, value in found.items()}
+
+
+@pytest.fixture
+def world(store: Store) -> World:
+    return World(store, dg.DagsterInstance.ephemeral())
+
+
+def data_version(record: dg.EventLogRecord) -> str:
+    return record.asset_materialization.tags["dagster/data_version"]
+
+
+def failures(result: dg.ExecuteInProcessResult) -> dict[str, str]:
+    """Step -> what it said when it failed."""
+    events = [event for event in result.all_events if event.event_type_value == "STEP_FAILURE"]
+    return {
+        event.step_key: data.user_failure_data.description if data.user_failure_data else data.error.message
+        for event in events
+        if (data := event.step_failure_data)
+    }
+
+
+def test_the_memory_tracker_is_a_tracker() -> None:
+    assert isinstance(MemoryTracker(), Tracker)
+
+
+def test_the_bootstrap_reports_the_digest_of_every_artifact_it_makes(empty_store: Store) -> None:
+    world = World(empty_store, dg.DagsterInstance.ephemeral())
+    names = {
+        "corpus_shards": ("corpus", "v0001"),
+        "question_sets": ("questions", "v0001"),
+        "ict_checkpoint": ("ict", "v0001"),
+        "sparse_reader": ("sparse_readers", "v0001"),
+        "sparse_result": ("results", "bm25"),
+    }
+    assert world.materialise(*names).success
+    for asset, (kind, name) in names.items():
+        manifest = empty_store.manifest(kind, name)
+        assert data_version(world.newest_event(asset)) == manifest.digest
+        shown = world.metadata(asset)
+        assert shown["digest"] == manifest.digest
+        assert Path(shown["folder"]) == empty_store.path(kind, name)
+        assert shown["parents"] == dict(manifest.parents)
+    assert world.metadata("corpus_shards")["shards"] == empty_store.manifest("corpus", "v0001").facts["shards"]
+    assert world.metadata("corpus_shards")["blocks"] == empty_store.manifest("corpus", "v0001").facts["blocks"]
+    assert [step for step, _ in world.tracker.sinks["ict"].rows]
+
+
+def test_materialising_again_makes_nothing_new(world: World) -> None:
+    assert world.materialise("corpus_shards", "question_sets", "ict_checkpoint").success
+    assert world.store.names("corpus") == world.store.names("ict") == ["v0001"]
+    assert data_version(world.newest_event("corpus_shards")) == world.store.manifest("corpus", "v0001").digest
+
+
+def test_a_refresh_reports_digests_verdicts_and_scores_and_moves_the_pointer(world: World) -> None:
+    result = world.materialise(*REFRESH, key=START)
+    assert result.success
+    store = world.store
+    for asset, kind in (("embedding_snapshot", "snapshots"), ("mips_index", "indexes"), ("qa_eval", "evaluations")):
+        manifest = store.manifest(kind, START)
+        assert data_version(world.newest_event(asset, START)) == manifest.digest
+        assert manifest.record["dagster_run_id"] == result.run_id
+    index = store.manifest("indexes", START)
+    live = store.require_live()
+    assert (live.index, live.index_digest, live.dagster_run_id) == (START, index.digest, result.run_id)
+    assert data_version(world.newest_event("promoted_index", START)) == index.digest
+    snapshot = world.metadata("embedding_snapshot", START)
+    assert snapshot["shards"] == store.manifest("snapshots", START).facts["shards"]
+    assert set(snapshot["shards"]) == set(store.manifest("corpus", "v0001").facts["shards"])
+    assert world.metadata("mips_index", START)["mlflow"] == "http://tracker/r1"
+
+    checks = {evaluation.check_name: evaluation for evaluation in result.get_asset_check_evaluations()}
+    assert set(checks) == set(CHECKS)
+    assert all(evaluation.passed for evaluation in checks.values())
+    assert {evaluation.metadata["index_digest"].value for evaluation in checks.values()} == {index.digest}
+
+    rows = {name: value for _, values in world.tracker.sinks["r1"].rows for name, value in values.items()}
+    assert {"dev/recall_at_5", "dev/exact_match", "index/recall_vs_exact", "index/generation"} <= set(rows)
+    assert world.tracker.tags["r1"]["live_index_digest"] == index.digest
+
+
+def test_promotion_is_observed_on_the_live_pointer(world: World) -> None:
+    assert world.materialise(*REFRESH, key=START).success
+    records = world.instance.fetch_observations(AssetKey("live_index_pointer"), limit=5).records
+    assert [record.asset_observation.tags["dagster/data_version"] for record in records] == [
+        world.store.require_live().index_digest
+    ]
+
+
+def test_a_partition_of_realm_checkpoint_trains_the_segment_up_to_its_step(world: World) -> None:
+    assert world.materialise(*REFRESH, key=START).success
+    assert world.materialise("realm_checkpoint", key="r1-s0000004").success
+    manifest = world.store.manifest("checkpoints", "r1-s0000004")
+    assert data_version(world.newest_event("realm_checkpoint", "r1-s0000004")) == manifest.digest
+    assert manifest.parents["live_index"] == world.store.require_live().index_digest
+    assert world.store.checkpoints("r1") == [START, "r1-s0000004"]
+
+
+def test_a_reader_is_tuned_and_scored_on_one_index_version(world: World) -> None:
+    assert world.materialise(*REFRESH, key=START).success
+    assert world.materialise("qa_reader", "qa_result", key=START).success
+    reader, result = (world.store.manifest(kind, START) for kind in ("readers", "results"))
+    assert reader.parents["index"] == result.parents["index"] == world.store.require_live().index_digest
+    assert data_version(world.newest_event("qa_result", START)) == result.digest
+    assert "test/exact_match" in dict(world.tracker.sinks["r1"].rows)[0]
+
+
+@pytest.fixture
+def unqualified(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A world whose index finds three in ten of what exact search finds."""
+    monkeypatch.setattr(qualify, "recall_against_exact", lambda *_: 0.3)
+    return world
+
+
+def test_a_failing_check_fails_the_run_and_leaves_the_pointer(unqualified: World) -> None:
+    result = unqualified.materialise(*REFRESH, key=START)
+    assert not result.success
+    verdicts = {evaluation.check_name: evaluation.passed for evaluation in result.get_asset_check_evaluations()}
+    assert verdicts == {**dict.fromkeys(CHECKS, True), "recall_vs_bruteforce": False}
+    assert unqualified.store.live() is None
+    assert not unqualified.instance.get_materialized_partitions(AssetKey("promoted_index"))
+
+
+def test_promotion_alone_in_another_run_is_refused_by_the_library(unqualified: World) -> None:
+    unqualified.materialise(*REFRESH, key=START)
+    alone = unqualified.materialise("promoted_index", key=START)
+    assert not alone.success
+    assert "recall_vs_bruteforce" in failures(alone)["promoted_index"]
+    assert unqualified.store.live() is None
+
+
+def test_promotion_of_what_was_never_qualified_is_refused(world: World) -> None:
+    assert world.materialise("embedding_snapshot", key=START).success
+    refused = world.materialise("promoted_index", key=START)
+    assert not refused.success
+    assert world.store.live() is None
+    assert world.materialise("mips_index", key=START).success  # its checks run with it
+    (world.store.path("verdicts", START) / "manifest.json").unlink()
+    assert "not qualified" in failures(world.materialise("promoted_index", key=START))["promoted_index"]
+    assert world.store.live() is None
+
+
+def test_a_rollback_needs_a_word_and_then_passes_the_same_gate(world: World) -> None:
+    assert world.materialise(*REFRESH, key=START).success
+    worlds.train(world.store, "r1", 4)
+    assert world.materialise(*REFRESH, key="r1-s0000004").success
+    refused = world.materialise("promoted_index", key=START)
+    assert "older" in failures(refused)["promoted_index"]
+    assert world.store.require_live().index == "r1-s0000004"
+    assert world.materialise("promoted_index", key=START, config={"allow_older": True, "reason": "worse"}).success
+    live = world.store.require_live()
+    assert (live.index, live.reason, live.generation) == (START, "worse", 3)
+
+
+def test_an_altered_index_cannot_go_live(world: World) -> None:
+    assert world.materialise("embedding_snapshot", "mips_index", key=START).success
+    folder = world.store.path("indexes", START)
+    name = next(iter(world.store.manifest("indexes", START).files))
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 1
+    (folder / name).write_bytes(content)
+    assert name in failures(world.materialise("promoted_index", key=START))["promoted_index"]
+    assert world.store.live() is None
+
+
+def test_an_operators_error_fails_once_with_its_own_words(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def broken(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise DataError("documents.jsonl:3: not JSON; mend the line")
+
+    monkeypatch.setattr(reembed, "run", broken)
+    result = world.materialise("embedding_snapshot", key=START)
+    assert failures(result) == {"embedding_snapshot": "documents.jsonl:3: not JSON; mend the line"}
+    assert len(calls) == 1
+    assert not [event for event in result.all_events if event.event_type_value == "STEP_UP_FOR_RETRY"]
+
+
+def test_a_fault_of_the_machine_is_tried_once_more(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def flaky(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+        return real(*arguments, **named)
+
+    real = reembed.run
+    monkeypatch.setattr(reembed, "run", flaky)
+    assert world.materialise("embedding_snapshot", key=START).success
+    assert len(calls) == 2

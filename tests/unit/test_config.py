@@ -1,0 +1,137 @@
+"""Settings: what is refused, and in which words."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from realm_core.config import DEFAULT_PARAMS, Config, config_from, load_config
+from realm_core.errors import ConfigError
+
+
+def params(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("profile", ["base", "demo", "tiny"])
+def test_every_shipped_profile_is_valid(profile: str) -> None:
+    assert load_config(DEFAULT_PARAMS, profile)
+
+
+def test_the_defaults_are_the_constants_of_the_paper() -> None:
+    base = load_config(DEFAULT_PARAMS, "base")
+    assert base == Config()
+    assert (base.pretrain.steps, base.pretrain.batch, base.pretrain.lr, base.pretrain.candidates) == (
+        200_000,
+        512,
+        3e-5,
+        8,
+    )
+    assert base.corpus.block_wordpieces == 288 and base.lengths.joint == 96 + 288
+
+
+def test_the_packaged_settings_are_read_where_the_folder_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(None, "tiny").seed == 7
+    params(tmp_path, "profiles: {tiny: {seed: 99}}")
+    assert load_config(None, "tiny").seed == 99
+
+
+def test_an_override_replaces_one_value_and_nothing_else() -> None:
+    plain, changed = load_config(None, "tiny"), load_config(None, "tiny", ["pretrain.lr=1e-5", "index.params.nlist=4"])
+    assert changed.pretrain.lr == 1e-5  # YAML reads 1e-5 as text; the field makes it a number
+    assert changed.index.params == {"nlist": 4}
+    assert changed.model_copy(update={"pretrain": plain.pretrain, "index": plain.index}) == plain
+
+
+def test_an_override_never_leaks_into_the_next_reading() -> None:
+    load_config(None, "tiny", ["index.params.nlist=4"])
+    assert load_config(None, "tiny").index.params == {}
+
+
+def test_settings_cannot_be_changed_after_birth() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(None, "tiny").pretrain.steps = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", "no 'profiles' mapping; see the params.yaml of the repository"),
+        ("profiles: 3", "no 'profiles' mapping"),
+        ("profiles: {tiny: {a: [}", "not YAML .*; mend the file"),
+        ("profiles: {other: {}}", "no profile 'tiny'; it has other"),
+        ("profiles: {tiny: [1]}", "tiny: a list, expected sections; mend the file"),
+        ("profiles: {tiny: {pretrain: {stepz: 3}}}", r"unknown key pretrain\.stepz; known keys here: batch, .*steps"),
+        ("profiles: {tiny: {training: {}}}", "unknown key training; known keys here: corpus, evaluate, .*warmup"),
+        ("profiles: {tiny: {seed: 2020-01-01}}", "tiny: seed: .*found datetime.date"),
+        ("profiles: {tiny: {pretrain: 3}}", r"pretrain: .*\(found 3\)"),
+        ("profiles: {tiny: {pretrain: {lr: .inf}}}", r"pretrain\.lr: .*finite number.*\(found inf\)"),
+        ("profiles: {tiny: {pretrain: {lr: .nan}}}", r"pretrain\.lr: .*\(found nan\)"),
+        ("profiles: {tiny: {pretrain: {lr: 0}}}", r"pretrain\.lr: .*greater than 0.*\(found 0\)"),
+        ("profiles: {tiny: {pretrain: {candidates: 1}}}", r"pretrain\.candidates: .*\(found 1\)"),
+        ("profiles: {tiny: {index: {backend: magic}}}", r"index\.backend: .*'exact'.*'alsh' \(found 'magic'\)"),
+        ("profiles: {tiny: {evaluate: {ks: [1, 0]}}}", r"evaluate\.ks\.1: .*\(found 0\)"),
+    ],
+)
+def test_a_wrong_file_is_one_line_with_the_place_the_finding_and_the_next_move(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = params(tmp_path, text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path, "tiny")
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read .*; pass --params FILE"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "latin.yaml").write_bytes("profiles: {tiny: {seed: 1}} # é".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not UTF-8 at byte 30; mend the file"):
+        load_config(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pretrain.steps", "--set pretrain.steps: no '='; write --set section.key=value"),
+        ("seed.x=3", "--set seed.x=3: seed is a value, not a section"),
+        ("pretrain.steps=[", r"--set pretrain.steps=\[: the value is not YAML; quote it"),
+        ("pretrain.stepz=3", "unknown key pretrain.stepz; known keys here"),
+        ("=3", "unknown key "),
+        ("pretrain.steps=many", r"pretrain\.steps: .*\(found 'many'\)"),
+        ("lengths.document=32", "corpus.block_wordpieces=64 exceeds lengths.document=32: blocks would be cut; lower"),
+        ("lengths.reader=512", "lengths.reader=512 exceeds model.max_positions=128; shorten it"),
+        ("lengths.query=100", "lengths.joint=164 exceeds model.max_positions=128; shorten it"),
+        ("reader.reader_beam=21", "reader.reader_beam exceeds reader.searcher_beam; read no more"),
+        ("model.heads=3", "model.hidden_size is not a multiple of model.heads"),
+        ("model.encoder_layers=2", "model.encoder_layers exceeds model.layers"),
+    ],
+)
+def test_a_wrong_override_is_one_line_with_the_next_move(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(None, "tiny", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_digest_covers_the_named_sections_and_the_seed_alone() -> None:
+    plain = load_config(None, "tiny")
+    assert plain.digest("ict") == load_config(None, "tiny", ["pretrain.steps=99"]).digest("ict")
+    for override in ("ict.steps=9", "seed=8"):
+        assert plain.digest("ict") != load_config(None, "tiny", [override]).digest("ict")
+
+
+def test_stored_settings_are_read_back_equal() -> None:
+    config = load_config(None, "demo")
+    assert config_from(json.loads(json.dumps(config.model_dump(mode="json"))), "home.json") == config
+
+
+def test_every_key_of_the_shipped_file_is_a_setting() -> None:
+    profiles = yaml.safe_load(DEFAULT_PARAMS.read_text("utf-8"))["profiles"]
+    for sections in profiles.values():
+        assert set(sections) <= set(Config.model_fields)
