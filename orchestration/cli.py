@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import ExitStack
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,23 +66,21 @@ def up(
     services.prepare(home)
     services.require_free(port, "the Dagster UI")
     services.require_free(mlflow_port, "MLflow")
-    started: list[services.Service | services.OthersDaemon] = []
-    try:
+    with ExitStack() as stack:
+        started = []
         for start in (
             lambda: services.daemon(home),
             lambda: services.webserver(home, port),
             lambda: services.mlflow_server(home, mlflow_port),
         ):
             started.append(start())
+            stack.enter_context(services.running(started[-1]))
         print(f"Dagster  http://{services.LOOPBACK}:{port}\nMLflow   http://{services.LOOPBACK}:{mlflow_port}")
         print(f"home     {home.resolve()}, logs in {home / 'logs'}; Ctrl-C ends all", flush=True)
         while True:
             for service in started:
                 service.require_alive()
             time.sleep(1)
-    finally:
-        for service in reversed(started):
-            service.stop()
 
 
 @train_app.command("start")

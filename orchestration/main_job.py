@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from filelock import FileLock, Timeout
 
 from orchestration import report, services, trainer
+from orchestration.lease import Lease
 from realm_core.artifacts.manifest import file_sha256, read_manifest
 from realm_core.artifacts.store import Store, checkpoint_key
 from realm_core.config import Config
-from realm_core.errors import BusyError, DataError, RealmError
+from realm_core.errors import DataError, RealmError
 from realm_core.evaluate.report import JSON, write_report
 from realm_core.stages import CODE
 
@@ -37,12 +37,10 @@ def run(home: Path, config: Config, profile: str, corpus: Path, questions: Path)
     store = Store.create(home, config, sources, profile)
     _require_same_sources(store)
     services.prepare(home)
-    lock = FileLock(home / ".main.lock")
+    lease = Lease(home / ".main.json")
+    held = lease.take("the main job", patience=0.2)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BusyError(f"{home}: the main job already runs here; wait for it, or pass another --home") from None
-    with lock:
+        lease.sign(held, os.getpid())
         if (done := _finished_report(store)) is not None:
             _say(f"all done before: {done['live']['checkpoint']} is live, {len(done['index_versions'])} index versions")
             return done
@@ -51,7 +49,9 @@ def run(home: Path, config: Config, profile: str, corpus: Path, questions: Path)
             _loop(store, instance)
             result = report.collect(store, RUN, instance, time.monotonic() - began)
         write_report(home, result, report.steps_of(store, RUN))
-    return result
+        return result
+    finally:
+        os.close(held)
 
 
 def _require_same_sources(store: Store) -> None:
@@ -81,7 +81,7 @@ def _finished_report(store: Store) -> dict[str, Any] | None:
 
 def _loop(store: Store, instance: dg.DagsterInstance) -> None:
     home = store.home
-    daemon = services.daemon(home)
+    daemon = services.KeptDaemon(home)
     with services.running(daemon):
         try:
             _say("bootstrap: corpus shards, questions, ICT checkpoint, sparse baseline")
@@ -90,7 +90,8 @@ def _loop(store: Store, instance: dg.DagsterInstance) -> None:
             _say(trainer.start(home, RUN))
             _follow(store, instance, daemon)
         finally:
-            trainer.stop(home, RUN)
+            with services.undisturbed():
+                trainer.stop(home, RUN)
     for key in dict.fromkeys((checkpoint_key(RUN, 0), store.require_live().index)):
         _say(f"fine-tune and score on {key}")
         select = "qa_reader,qa_result"
@@ -132,12 +133,13 @@ def failure_text(instance: dg.DagsterInstance, run_id: str) -> str | None:
     return None
 
 
-def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.Service | services.OthersDaemon) -> None:
+def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.KeptDaemon) -> None:
     """Wait until the trainer is done and its last checkpoint is settled: live, refused, or failed."""
     seen: set[str] = set()
     deadline: float | None = None
     while True:
-        daemon.require_alive()
+        if news := daemon.keep():
+            _say(news)
         _tell_news(store, seen)
         running = trainer.alive(store.home, RUN) is not None
         outcome = trainer.outcome(store.home, RUN)  # after the look at the process: it writes this before it ends

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -47,6 +48,7 @@ def prepare(home: Path) -> None:
 def environment(home: Path) -> dict[str, str]:
     """Environment of every process that works on this home."""
     return {
+        "OMP_WAIT_POLICY": "PASSIVE",  # trainer and refresh share the processors: threads that wait must not spin
         **os.environ,
         "REALM_HOME": str(home.resolve()),
         "DAGSTER_HOME": str(dagster_home(home)),
@@ -114,20 +116,65 @@ class OthersDaemon:
     def require_alive(self) -> None:
         """Raise RealmError if it ended."""
         if daemon_process(self.home) is None:
-            raise RealmError(f"{self.home}: the daemon that another command ran has ended; run the same command again")
+            raise RealmError(f"{self.home}: the daemon that another command ran has ended")
 
     def stop(self) -> None:
         """It belongs to another command."""
 
 
+class KeptDaemon:
+    """The daemon of a home for as long as a command needs one: one that dies is replaced, a few times.
+
+    The code server and the runs of a dead daemon live on and end by themselves, or with `stop`.
+    """
+
+    def __init__(self, home: Path, lives: int = 4) -> None:
+        self.home, self.lives = home, lives
+        self.generations = [daemon(home)]
+
+    @property
+    def log(self) -> Path:
+        return self.generations[-1].log
+
+    def keep(self) -> str | None:
+        """Replace the daemon if it ended; says so. Raises RealmError when that happened too often."""
+        try:
+            self.generations[-1].require_alive()
+            return None
+        except RealmError as problem:
+            if len(self.generations) == self.lives:
+                raise
+            self.generations.append(daemon(self.home))
+            return f"{problem}; started it again"
+
+    def stop(self) -> None:
+        """End every generation that this command started."""
+        for generation in reversed(self.generations):
+            generation.stop()
+
+
 @contextmanager
-def running(*services: Service | OthersDaemon) -> Iterator[None]:
+def running(*services: Service | OthersDaemon | KeptDaemon) -> Iterator[None]:
     """Keep services for the length of a block; an error or Ctrl-C ends them too."""
     try:
         yield
     finally:
-        for service in reversed(services):
-            service.stop()
+        with undisturbed():
+            for service in reversed(services):
+                service.stop()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put off Ctrl-C while processes are being ended: an impatient second one would leave some behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def daemon(home: Path) -> Service | OthersDaemon:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from realm_core import cli_compat
 from realm_core.artifacts.manifest import Manifest
 from realm_core.config import load_config
 from realm_core.errors import DataError, RealmError
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 corpus_app = typer.Typer(help="Documents to shards of tokenised blocks.", no_args_is_help=True)
 app.add_typer(corpus_app, name="corpus")
+cli_compat.mount(app)
 
 
 @corpus_app.command("build")

@@ -161,6 +161,7 @@ class ReaderConfig(Section):
     steps: PositiveInt = 158_336  # two epochs of NaturalQuestions
     batch: PositiveInt = 1
     lr: float = Field(1e-5, gt=0)
+    tower_lr: float = Field(1e-5, gt=0)  # question tower; too high a rate tears it from the frozen document vectors
     searcher_beam: PositiveInt = 5000
     reader_beam: PositiveInt = 5
     max_span_width: PositiveInt = 10

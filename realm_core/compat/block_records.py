@@ -49,7 +49,10 @@ def _header(path: Path) -> tuple[int, int]:
         }
         if version not in readers:
             raise ValueError(f"npy version {version} is unknown")
-        shape, _, dtype = readers[version](file)
+        try:
+            shape, _, dtype = readers[version](file)
+        except Exception as error:  # numpy reads the header as a Python literal, and lets that reader's errors through
+            raise ValueError(f"a damaged header ({type(error).__name__})") from None
         if dtype != np.dtype(object) or len(shape) != 1:
             raise ValueError(f"an array of {dtype} {shape}, expected one row of objects")
         return int(shape[0]), file.tell()

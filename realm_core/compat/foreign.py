@@ -57,7 +57,8 @@ class Foreign:
     encoder: EncoderPart | None = None
     reader: ReaderPart | None = None
     block_vectors: np.ndarray | None = None  # "N D", float32
-    block_records: Path | None = None
+    block_records: Path | None = None  # their texts, one a row
+    block_titles: Path | None = None  # and titles, where there are any
     vocabulary: Path | None = None
     sources: Mapping[str, str]  # file -> sha256
     notes: tuple[str, ...] = ()
@@ -78,6 +79,7 @@ def combined(parts: Sequence[Foreign]) -> Foreign:
             reader=whole.reader or part.reader,
             block_vectors=part.block_vectors if whole.block_vectors is None else whole.block_vectors,
             block_records=whole.block_records or part.block_records,
+            block_titles=whole.block_titles or part.block_titles,
             vocabulary=_one_vocabulary(whole, part),
             sources={**whole.sources, **part.sources},
             notes=whole.notes + part.notes,

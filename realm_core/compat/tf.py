@@ -63,6 +63,7 @@ def read_tf(
     path: Path,
     vocabulary: Path | None = None,
     records: Path | None = None,
+    titles: Path | None = None,
     heads: int | None = None,
     max_span_width: int = 10,
 ) -> Foreign:
@@ -83,7 +84,8 @@ def read_tf(
         vocabulary = path / "assets" / "vocab.txt"
     origin = f"TensorFlow {' and '.join(found)}"
     used = {prefix: bundle} | ({encoded: vectors_in} if vectors is not None else {})
-    records = records if vectors is not None else None
+    if vectors is None:
+        records = titles = None
     return Foreign(
         origins=(origin,),
         retriever=_retriever(parts["embedder"], heads, layer_norms, str(prefix)) if "embedder" in parts else None,
@@ -91,10 +93,11 @@ def read_tf(
         reader=_reader(parts["reader"], heads, max_span_width, str(prefix)) if "reader" in parts else None,
         block_vectors=vectors,
         block_records=records,
+        block_titles=titles,
         vocabulary=vocabulary,
         sources={
             f"{origin}/{file.name}": file_sha256(file)
-            for file in [*_files(used), *(each for each in (vocabulary, records) if each is not None)]
+            for file in [*_files(used), *(each for each in (vocabulary, records, titles) if each is not None)]
         },
         notes=(FINE_TUNED,) if "reader" in parts else (),
     )

@@ -56,7 +56,8 @@ def span_text(corpus: Corpus, row: int, start: int, end: int, tokenizer: Tokeniz
     text = corpus.text(row)
     ids, starts, stops = tokenizer.ids_with_offsets(text)
     if list(ids) != list(corpus.token_ids(row)):  # a sentence border inside a word: fall back to the pieces
-        return " ".join(tokenizer.pieces(corpus.token_ids(row)[start : end + 1].tolist())).replace(" ##", "")
+        pieces = tokenizer.pieces(corpus.token_ids(row)[start : end + 1].tolist())
+        return " ".join(pieces).replace(" ##", "").removeprefix("##")
     low, high = starts[start], stops[end]
     while low > 0 and text[low - 1].isalnum():
         low -= 1

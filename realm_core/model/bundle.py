@@ -73,7 +73,7 @@ def load_retriever(folder: Path) -> tuple[Retriever, Tokenizer]:
     shapes = _read_shapes(folder)
     retriever = _unset(
         lambda: Retriever(
-            EncoderShape(**shapes["embedder"]),
+            shapes["embedder"],
             shapes["projection_size"],
             shapes["projection_eps"],
             share=shapes["share_embedders"],
@@ -85,7 +85,8 @@ def load_retriever(folder: Path) -> tuple[Retriever, Tokenizer]:
 
 def encoder_shape(folder: Path) -> EncoderShape:
     """Shape of the knowledge-augmented encoder of a checkpoint, which the reader shares."""
-    return EncoderShape(**_read_shapes(folder)["encoder"])
+    shape: EncoderShape = _read_shapes(folder)["encoder"]
+    return shape
 
 
 def new_model(config: ModelConfig, start: StartWeights, tokenizer: Tokenizer, seed: int) -> RealmModel:
@@ -115,7 +116,8 @@ def _fill_backbone(bert: Encoder, start: StartWeights, where: str) -> None:
 def _read_shapes(folder: Path) -> dict[str, Any]:
     try:
         shapes = json.loads((folder / SHAPES).read_text(encoding="utf-8"))
-        return {key: shapes[key] for key in _SHAPE_KEYS}
+        towers = {name: EncoderShape(**shapes[name]) for name in ("embedder", "encoder")}
+        return {**{key: shapes[key] for key in _SHAPE_KEYS}, **towers}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder / SHAPES}: unreadable ({error}); the checkpoint is not complete") from None
 

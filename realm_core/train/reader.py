@@ -88,11 +88,13 @@ def train_reader(
     longest = reader.shape.max_positions - 2  # a longer question is cut; the original code would fail on it
     ids = [asked[:longest] for asked in tokenizer.batch_ids([question.question for question in questions])]
     answer_ids = [tokenizer.batch_ids(question.answers) for question in questions]
-    usable = _answerable(corpus, questions, ids, retrieval, settings.reader_beam, device)
     modules: dict[str, torch.nn.Module] = {"reader": reader}
     if isinstance(retrieval, DenseRetrieval):
         modules["question_tower"] = retrieval.retriever.query_tower
-    updater = Updater(modules, dict.fromkeys(modules, settings.lr), settings.steps, config.optimizer)
+        retrieval.retriever.eval()  # dropout would make the choice below a matter of luck
+    usable = _answerable(corpus, questions, ids, retrieval, settings.reader_beam, device)
+    rates = {"reader": settings.lr, "question_tower": settings.tower_lr}
+    updater = Updater(modules, rates, settings.steps, config.optimizer)
     bar = Progress("fine-tune reader", settings.steps)
     history = []
     for module in modules.values():

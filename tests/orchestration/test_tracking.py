@@ -1,0 +1,224 @@
+"""MLflow behind the tracker port: a real SQLite store, a server that is not there, two processes at once."""
+
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from orchestration.resources import tracking
+from orchestration.resources.tracking import EXPERIMENT, RUN_TAG, MlflowTracker, tracker_for
+from realm_core.ports import Tracker
+
+pytestmark = pytest.mark.slow  # MLflow takes seconds to import
+
+
+@pytest.fixture(scope="module")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables and nothing in them; making one takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def home(new_database: Path, tmp_path: Path) -> Path:
+    (tmp_path / "mlflow").mkdir()
+    shutil.copy(new_database, tmp_path / "mlflow" / "mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture
+def tracker(home: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowTracker:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tracker_for(home)
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def unreachable(home: Path, port: int) -> MlflowTracker:
+    return MlflowTracker(f"http://127.0.0.1:{port}", home / "mlflow" / "spool")
+
+
+def runs(tracker: MlflowTracker) -> list[Any]:
+    client = MlflowClient(tracker.uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    return list(client.search_runs([experiment.experiment_id])) if experiment else []
+
+
+def history(tracker: MlflowTracker, name: str, run: str = "r1") -> list[tuple[int, float]]:
+    """(step, value) in the order in which MLflow keeps them."""
+    (found,) = [candidate for candidate in runs(tracker) if candidate.data.tags[RUN_TAG] == run]
+    return [(row.step, row.value) for row in MlflowClient(tracker.uri).get_metric_history(found.info.run_id, name)]
+
+
+def test_it_is_a_tracker(tracker: MlflowTracker) -> None:
+    assert isinstance(tracker, Tracker)
+
+
+def test_metrics_go_by_step_into_one_run_per_training_run(tracker: MlflowTracker, home: Path) -> None:
+    for step in (1, 2, 3):
+        tracker.sink("r1").log(step, {"loss": 7.0 - step, "utility": 0.1 * step})
+    tracker_for(home).sink("r1").log(4, {"loss": 3.0})  # another process would make its own tracker
+    tracker.sink("r2").log(1, {"loss": 9.0})
+    assert sorted(run.data.tags[RUN_TAG] for run in runs(tracker)) == ["r1", "r2"]
+    assert history(tracker, "loss") == [(1, 6.0), (2, 5.0), (3, 4.0), (4, 3.0)]
+    assert history(tracker, "loss", "r2") == [(1, 9.0)]
+    assert not list(tracker.spool.glob("*.jsonl"))
+
+
+def test_tags_tie_the_run_to_digests(tracker: MlflowTracker) -> None:
+    tracker.tag("r1", {"live_index": "r1-s0000004", "dagster_run_id": "d1"})
+    tracker.tag("r1", {"live_index": "r1-s0000008"})
+    (run,) = runs(tracker)
+    assert run.data.tags["live_index"] == "r1-s0000008"
+    assert run.data.tags["dagster_run_id"] == "d1"
+    assert run.info.run_id == tracker.run_id("r1")
+
+
+def test_a_value_that_is_missing_or_not_finite_does_no_harm(tracker: MlflowTracker) -> None:
+    tracker.sink("r1").log(1, {"loss": float("nan"), "recall": None, "utility": 0.5})  # type: ignore[dict-item]
+    assert history(tracker, "utility") == [(1, 0.5)]
+    assert not list(tracker.spool.glob("*.jsonl"))
+
+
+def test_a_run_that_ended_and_goes_on_is_shown_as_running(tracker: MlflowTracker) -> None:
+    states = []
+    for end in ("KILLED", "FINISHED"):
+        assert tracker.start("r1") == tracker.run_id("r1")
+        states += [run.info.status for run in runs(tracker)]
+        tracker.finish("r1", end)
+        states += [run.info.status for run in runs(tracker)]
+    assert states == ["RUNNING", "KILLED", "RUNNING", "FINISHED"]
+
+
+@pytest.mark.parametrize("uri", ["nonsense://nowhere", "http://127.0.0.1:{port}", "sqlite:////proc/none/mlflow.db"])
+def test_a_tracker_that_cannot_be_reached_raises_nothing_and_keeps_every_row(
+    uri: str, tmp_path: Path, closed_port: int
+) -> None:
+    tracker = MlflowTracker(uri.format(port=closed_port), tmp_path / "spool")
+    for step in range(5):
+        tracker.sink("r1").log(step, {"loss": float(step)})
+    tracker.tag("r1", {"live_index": "r1-s0000004"})
+    assert tracker.url("r1") is None
+    assert tracker.run_id("r1") is None
+    assert tracker.start("r1") is None
+    tracker.finish("r1")
+    tracker.flush()
+    rows = tracking.read_json_lines(tracker.spool / "r1.jsonl")
+    assert [row["step"] for row in rows if "step" in row] == list(range(5))
+    assert rows[-1]["tags"] == {"live_index": "r1-s0000004"}
+
+
+def test_while_it_is_down_it_is_asked_only_now_and_then(
+    tmp_path: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = unreachable(tmp_path, closed_port)
+    attempts = []
+    monkeypatch.setattr(tracker, "_send", lambda *_: attempts.append(1) or 1 / 0)
+    for step in range(100):
+        tracker.sink("r1").log(step, {"loss": 1.0})
+    assert len(attempts) == 1
+
+
+def test_spooled_rows_go_out_later_in_order_and_once(tracker: MlflowTracker, home: Path, closed_port: int) -> None:
+    down = unreachable(home, closed_port)
+    for step in range(1, 4):
+        down.sink("r1").log(step, {"loss": float(step)})
+    down.tag("r1", {"live_index": "r1-s0000000"})
+    down.tag("r1", {"live_index": "r1-s0000004"})
+    tracker.sink("r1").log(4, {"loss": 4.0})  # the next row finds MLflow up again
+    assert history(tracker, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert runs(tracker)[0].data.tags["live_index"] == "r1-s0000004"
+    assert not list(tracker.spool.glob("*.jsonl"))
+    tracker.flush()
+    assert len(history(tracker, "loss")) == 4
+
+
+def test_the_end_of_a_run_sends_what_is_left(tracker: MlflowTracker, home: Path, closed_port: int) -> None:
+    unreachable(home, closed_port).sink("r1").log(1, {"loss": 1.0})
+    tracker.finish("r1")
+    assert history(tracker, "loss") == [(1, 1.0)]
+
+
+def test_a_crash_between_sending_and_forgetting_sends_nothing_twice(
+    tracker: MlflowTracker, home: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = unreachable(home, closed_port)
+    for step in range(1, 4):
+        down.sink("r1").log(step, {"loss": float(step)})
+    spool = tracker.spool / "r1.jsonl"
+    before = spool.read_text()
+    tracker.flush()
+    spool.write_text(before)  # as if the process had died before the file was removed
+    tracker.flush()
+    assert history(tracker, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_more_rows_than_a_batch_holds_go_out(tracker: MlflowTracker, home: Path, closed_port: int) -> None:
+    down = unreachable(home, closed_port)
+    for step in range(700):
+        down.sink("r1").log(step, {"loss": float(step), "utility": 1.0})
+    tracker.flush()
+    assert history(tracker, "loss") == [(step, float(step)) for step in range(700)]
+    assert not list(tracker.spool.glob("*.jsonl"))
+
+
+def test_a_run_deleted_in_mlflow_is_made_anew(tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.0)
+    tracker.sink("r1").log(1, {"loss": 1.0})
+    first = tracker.run_id("r1")
+    assert first is not None
+    MlflowClient(tracker.uri).delete_run(first)
+    tracker.sink("r1").log(2, {"loss": 2.0})
+    tracker.sink("r1").log(3, {"loss": 3.0})
+    assert tracker.run_id("r1") != first
+    assert history(tracker, "loss") == [(2, 2.0), (3, 3.0)]
+
+
+def test_a_full_disk_costs_rows_and_not_the_training(
+    tmp_path: Path, closed_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow" / "spool").write_text("a file where the folder should be")
+    unreachable(tmp_path, closed_port).sink("r1").log(1, {"loss": 1.0})
+    assert "is lost" in caplog.text
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from orchestration.resources.tracking import tracker_for
+home, name, rows = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+tracker = tracker_for(home)
+for step in range(rows):
+    tracker.sink("r1").log(step, {name: float(step)})
+tracker.finish("r1")
+"""
+
+
+def test_two_processes_write_into_one_run_and_a_new_database(tmp_path: Path) -> None:
+    # Nothing exists yet: both find no database, no experiment and no run, as trainer and first refresh do.
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name, "40"]) for name in ("trainer", "refresh")
+    ]
+    assert [writer.wait(timeout=110) for writer in writers] == [0, 0]
+    tracker = tracker_for(tmp_path)
+    deadline = time.monotonic() + 10
+    while list(tracker.spool.glob("*.jsonl")) and time.monotonic() < deadline:
+        tracker.flush()
+    assert len(runs(tracker)) == 1
+    for name in ("trainer", "refresh"):
+        assert history(tracker, name) == [(step, float(step)) for step in range(40)]

@@ -1,0 +1,262 @@
+"""REALM pre-training as a series of checkpoints: the same whatever interrupts it, and honest about what served it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from realm_core.artifacts.manifest import MANIFEST, Manifest, file_sha256, read_manifest
+from realm_core.artifacts.publish import read_json_lines
+from realm_core.artifacts.store import Store, checkpoint_key
+from realm_core.errors import ArtifactError, RealmError
+from realm_core.model.bundle import EMBEDDER, ENCODER
+from realm_core.ports import MemorySink, MetricSink, NullSink
+from realm_core.stages import pretrain, promote
+from realm_core.train import follower
+from realm_core.train.loop import optimizer_file
+
+FIRST, LATER, LAST = (checkpoint_key("r1", step) for step in (0, 4, 12))
+
+
+def train(store: Store, sink: MetricSink | None = None, run: str = "r1", **options: Any) -> Manifest:
+    return pretrain.run(
+        options.pop("config", store.config()),
+        store=store,
+        training_run=run,
+        corpus=store.newest("corpus"),
+        start=store.newest("ict"),
+        sink=sink or NullSink(),
+        **options,
+    )
+
+
+def digests(store: Store, run: str = "r1") -> dict[str, str]:
+    keys = [key for key in store.names("checkpoints") if key.startswith(f"{run}-")]
+    return {key: store.manifest("checkpoints", key).digest for key in keys}
+
+
+def set_config(store: Store, *changes: tuple[str, str, Any]) -> None:
+    """Change settings of a home, as nobody should."""
+    path = store.home / "home.json"
+    values = json.loads(path.read_text("utf-8"))
+    for section, key, value in changes:
+        values["config"][section][key] = value
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_home: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The tiny home, trained to its last step in one go."""
+    store = Store.open(Path(shutil.copytree(tiny_home.home, tmp_path_factory.mktemp("whole") / "home")))
+    train(store)
+    return store
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version is ready at the very step at which it is noticed: swaps do not depend on the speed of a thread."""
+    monkeypatch.setattr(follower._Loading, "done", lambda self: (self._thread.join(), True)[1])
+
+
+class Promote(MemorySink):
+    """Lets the later index go live after so many steps."""
+
+    def __init__(self, store: Store, after: int) -> None:
+        super().__init__()
+        self.store, self.after = store, after
+
+    def log(self, step: int, values: Any) -> None:
+        super().log(step, values)
+        if step == self.after:
+            promote.run(self.store.config(), store=self.store, name=LATER)
+
+
+# --- what a checkpoint is --------------------------------------------------------------------------------------------
+
+
+def test_step_zero_is_the_warm_start(tiny_home: Store) -> None:
+    first, start = tiny_home.manifest("checkpoints", FIRST), tiny_home.manifest("ict", "v0001")
+    assert first.files == start.files
+    assert first.parents == {"ict": start.digest, "corpus": tiny_home.manifest("corpus", "v0001").digest}
+
+
+def test_a_checkpoint_names_its_parent_the_live_index_and_what_served_it(tiny_home: Store) -> None:
+    made = tiny_home.manifest("checkpoints", LATER)
+    live = tiny_home.manifest("indexes", FIRST).digest
+    assert made.parents["parent"] == tiny_home.manifest("checkpoints", FIRST).digest
+    assert made.parents["live_index"] == live
+    assert made.facts["index_timeline"] == [{"step": 0, "index": FIRST, "index_digest": live}]
+    assert (made.facts["run"], made.facts["step"]) == ("r1", 4)
+    assert {"loss", "utility", "null_probability", "index_age"} <= made.facts["metrics"].keys()
+
+
+def test_training_changes_retriever_and_encoder_and_keeps_the_optimiser(tiny_home: Store) -> None:
+    for name in (EMBEDDER, ENCODER):
+        files = [tiny_home.manifest("checkpoints", key).files[name] for key in (FIRST, LATER)]
+        assert files[0] != files[1]
+    state = load_file(optimizer_file(tiny_home.path("checkpoints", LATER)))
+    assert any(name.startswith("retriever/") for name in state) and any(name.startswith("encoder/") for name in state)
+
+
+def test_every_step_leaves_a_row_with_the_age_of_its_index(uninterrupted: Store) -> None:
+    rows = read_json_lines(uninterrupted.trainer("r1") / pretrain.STEPS)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["index_age"] for row in rows] == list(range(12))
+
+
+# --- the same, whatever interrupts it --------------------------------------------------------------------------------
+
+
+def test_a_run_in_parts_is_the_run_in_one_go_to_the_last_bit(home: Store, uninterrupted: Store) -> None:
+    for until in (8, 9, 12):
+        train(home, until=until)
+    assert digests(home) == digests(uninterrupted)
+
+
+def test_a_second_run_of_another_name_is_the_same_run(home: Store, uninterrupted: Store) -> None:
+    train(home, run="r2")
+    for step in (4, 8, 12):
+        one, other = (
+            store.manifest("checkpoints", checkpoint_key(run, step))
+            for store, run in ((uninterrupted, "r1"), (home, "r2"))
+        )
+        assert one.files == other.files
+
+
+@pytest.mark.parametrize("stop", [5, 8, 11])
+def test_a_run_that_was_asked_to_stop_ends_where_it_would_have_ended(
+    home: Store, uninterrupted: Store, stop: int
+) -> None:
+    sink = MemorySink()
+    made = train(home, sink, should_stop=lambda: bool(sink.rows) and sink.rows[-1][0] >= stop)
+    assert made.facts["step"] == stop // 4 * 4
+    assert sink.rows[-1][0] == stop
+    train(home)
+    assert digests(home) == digests(uninterrupted)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_swaps_are_in_the_manifest_and_a_crash_does_not_move_them(copy_home: Callable) -> None:
+    whole = copy_home("whole")
+    train(whole, Promote(whole, after=6))
+    timeline = whole.manifest("checkpoints", checkpoint_key("r1", 8)).facts["index_timeline"]
+    assert [(swap["step"], swap["index"]) for swap in timeline] == [(6, LATER)]
+    assert whole.manifest("checkpoints", LAST).facts["index_timeline"] == []
+    assert whole.manifest("checkpoints", LAST).parents["live_index"] == whole.manifest("indexes", LATER).digest
+    for lost in ((12,), (8, 12)):  # the power failed before these checkpoints were on disk
+        torn = copy_home(f"lost{lost[0]}", of=whole)
+        for step in lost:
+            shutil.rmtree(torn.path("checkpoints", checkpoint_key("r1", step)))
+        train(torn)
+        assert digests(torn) == digests(whole)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_another_index_makes_another_run(home: Store, uninterrupted: Store) -> None:
+    """The candidates come from the index: the timeline is part of what a run is a function of."""
+    train(home, Promote(home, after=6))
+    assert digests(home)[LAST] != digests(uninterrupted)[LAST]
+
+
+def test_random_numbers_drawn_elsewhere_in_the_process_change_nothing(home: Store, uninterrupted: Store) -> None:
+    class Disturb(MemorySink):
+        def log(self, step: int, values: Any) -> None:
+            torch.rand(step)
+
+    train(home, Disturb())
+    assert digests(home) == digests(uninterrupted)
+
+
+def test_a_finished_run_is_left_as_it_is(uninterrupted: Store) -> None:
+    before = digests(uninterrupted)
+    sink = MemorySink()
+    assert train(uninterrupted, sink).facts["step"] == 12
+    assert sink.rows == [] and digests(uninterrupted) == before
+
+
+# --- retention while training ----------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_start_best_newest_live_and_what_serves_it(home: Store) -> None:
+    set_config(home, ("pretrain", "checkpoint_every", 1), ("pretrain", "keep", 2))
+    train(home, run="r2")
+    keys = home.names("checkpoints")
+    utility = {
+        key: home.manifest("checkpoints", key).facts["metrics"].get("utility", float("-inf"))
+        for key in keys
+        if key.startswith("r2-")
+    }
+    kept = set(home.checkpoints("r2"))
+    assert {checkpoint_key("r2", step) for step in (0, 11, 12)} <= kept
+    assert max(utility, key=lambda key: utility[key]) in kept
+    assert len(kept) <= 5  # the best of an earlier moment may have been kept beside it
+    assert len(utility) == 13
+    assert {FIRST, LATER} <= set(home.checkpoints("r1"))
+
+
+def test_the_checkpoint_of_the_index_in_use_outlives_its_time_as_live(
+    build_home: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is resumed must be able to open it again, although the pointer has moved on meanwhile."""
+    monkeypatch.setattr(pretrain, "_mean", lambda window: {})  # no checkpoint is the best one
+    home = build_home(tmp_path / "home", "pretrain.checkpoint_every=1", "pretrain.keep=2")
+    monkeypatch.setattr(follower._Loading, "done", lambda self: self.live.index == LATER and not self._thread.join())
+
+    class BackAndForth(MemorySink):
+        def log(self, step: int, values: Any) -> None:
+            if step in (6, 8):
+                name = LATER if step == 6 else FIRST
+                promote.run(home.config(), store=home, name=name, allow_older=True)
+
+    train(home, BackAndForth())
+    assert home.require_live().index == FIRST
+    assert home.checkpoints("r1") == [checkpoint_key("r1", step) for step in (0, 4, 11, 12)]
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_other_settings_for_a_run_that_began_are_refused(home: Store) -> None:
+    set_config(home, ("pretrain", "lr", 0.5))
+    with pytest.raises(ArtifactError, match="trained with other settings .*restore them, or start a new training run"):
+        train(home)
+
+
+def test_settings_that_do_not_concern_training_may_change(home: Store, uninterrupted: Store) -> None:
+    set_config(home, ("gate", "min_recall_vs_exact", 0.5))
+    train(home)
+    assert digests(home) == digests(uninterrupted)
+
+
+def test_an_altered_checkpoint_is_not_resumed_from(home: Store) -> None:
+    path = optimizer_file(home.path("checkpoints", LATER))
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(ArtifactError, match=r"optimizer\.safetensors: sha256"):
+        train(home)
+
+
+def test_without_a_live_index_the_wait_ends_with_the_next_move(home: Store) -> None:
+    (home.home / "live.json").unlink()
+    set_config(home, ("pretrain", "index_wait_seconds", 0.01))
+    with pytest.raises(RealmError, match="no index went live within 0 s; start the daemon with realm up"):
+        train(home, run="r2")
+    assert home.names("checkpoints")[-1] == checkpoint_key("r2", 0)  # which is what the first index is made from
+
+
+def test_weights_that_are_not_finite_end_the_run_with_the_next_move(home: Store) -> None:
+    path = home.path("ict", "v0001") / ENCODER
+    tensors = load_file(path)
+    tensors["cls.predictions.bias"][0] = float("nan")
+    save_file(tensors, path)
+    made = read_manifest(home.path("ict", "v0001"))
+    made = replace(made, files={**made.files, ENCODER: file_sha256(path)})
+    (home.path("ict", "v0001") / MANIFEST).write_text(made.to_json(), encoding="utf-8")
+    with pytest.raises(RealmError, match="step 2: loss or gradient not finite 3 times in a row; lower the learning"):
+        train(home, run="r2")
+    assert home.checkpoints("r2") == [checkpoint_key("r2", 0)]
