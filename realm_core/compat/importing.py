@@ -40,14 +40,14 @@ def import_checkpoint(found: Foreign, *, config: Config, out: Path, checkpoint: 
     `checkpoint` is the checkpoint a reader alone belongs to; `config` says how texts are cut into shards and searched.
     Raises DataError if parts do not fit each other or the vocabulary, ArtifactError if a folder holds something else.
     """
+    if checkpoint is not None and (found.retriever is not None or found.reader is None):
+        raise DataError(f"--checkpoint {checkpoint}: only for a reader alone, not for {' + '.join(found.origins)}")
     tokenizer = _tokenizer(found)
     if found.retriever is None:
         if found.reader is not None:
             return _reader_alone(found, found.reader, checkpoint, out)
         assert found.encoder is not None, "a reader of foreign formats found nothing and said nothing"
         return {out: _write_weights(found, found.encoder, tokenizer, out)}
-    if checkpoint is not None:
-        raise DataError(f"--checkpoint {checkpoint}: only for a reader alone; {' + '.join(found.origins)} has its own")
     with_texts = found.block_vectors is not None and found.block_records is not None
     if found.block_vectors is not None and not with_texts:
         found = replace(found, notes=(*found.notes, NO_TEXTS))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from realm_core.artifacts.manifest import Manifest, Plan, file_sha256, open_artifact, read_manifest
+from realm_core.artifacts.manifest import Manifest, Plan, open_artifact, read_manifest
 from realm_core.artifacts.publish import building, finished
 from realm_core.baselines.bm25 import Bm25
 from realm_core.config import Config
@@ -48,12 +48,15 @@ def plan(
     }
     if index is not None and checkpoint is not None:
         parents |= {"index": read_manifest(index), "checkpoint": read_manifest(checkpoint)}
+    asked = parents["questions"].files.get(f"{split}.jsonl")
+    if asked is None:
+        raise ArtifactError(f"{questions}: holds no {split} questions; pass the folder of a question set")
     return Plan(
         stage="evaluate",
         code=CODE["evaluate"],
         config_digest=config.digest(*SECTIONS),
         parents=parents,
-        sources={split: file_sha256(questions / f"{split}.jsonl")},
+        sources={split: asked},
     )
 
 
@@ -70,7 +73,7 @@ def run(
     out: Path,
     sink: MetricSink,
 ) -> Manifest:
-    """Score one split. `reader_start` is the checkpoint the reader was fine-tuned from, which knows its shape."""
+    """Score one split. `reader_start` is the checkpoint the reader was fine-tuned from."""
     doing = plan(
         config,
         index=index,
@@ -83,21 +86,22 @@ def run(
     if done := finished(out, doing):
         return done
     open_artifact(reader, "finetune")
+    open_artifact(questions, "questions")
     device = resolve(config.runtime, shared=split == "dev")
-    pipeline = open_pipeline(
-        config,
-        index=index,
-        checkpoint=checkpoint,
-        reader=reader,
-        reader_start=reader_start,
-        corpus=corpus,
-        device=device,
-    )
     asked = load_questions(questions, split)
     if split == "dev":
         asked = asked[: config.evaluate.dev_questions]
-    scores, rows = score(pipeline, asked, config)
     with building(out, doing) as build:
+        pipeline = open_pipeline(
+            config,
+            index=index,
+            checkpoint=checkpoint,
+            reader=reader,
+            reader_start=reader_start,
+            corpus=corpus,
+            device=device,
+        )
+        scores, rows = score(pipeline, asked, config)
         with (build.folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         facts: dict[str, Any] = {"split": split, "questions": len(asked), "metrics": scores}

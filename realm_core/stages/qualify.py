@@ -37,8 +37,8 @@ def run(config: Config, *, index: Path, snapshot: Path, checkpoint: Path, corpus
     doing = plan(config, index=index, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus)
     if done := finished(out, doing):
         return done
-    findings = examine(config, index=index, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus)
     with building(out, doing) as build:
+        findings = examine(config, index=index, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus)
         return build.commit(
             {
                 "step": doing.parents["index"].facts["step"],

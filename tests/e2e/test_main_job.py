@@ -63,7 +63,7 @@ def test_the_report_has_the_promised_keys_and_tells_one_story(finished: tuple[Ho
 def test_the_sensor_caused_every_refresh_and_the_trainer_swapped_while_it_ran(
     finished: tuple[Home, dict[str, Any]],
 ) -> None:
-    home, report = finished
+    _, report = finished
     versions = report["index_versions"]
     assert len(versions) >= 3
     assert {version["triggered_by"] for version in versions} == {"sensor:checkpoint_sensor"}

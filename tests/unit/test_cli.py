@@ -240,10 +240,10 @@ def test_weights_of_another_digest_are_refused(realm: Callable, documents: Path,
     (folder / CONFIG).write_text("{}")
     outcome = realm(
         *("ict", "--corpus", tmp_path / "c", "--out", tmp_path / "i", *TINY),
-        *("--set", f"model.weights=folder:{folder}", "--set", f"model.weights_sha256={'0' * 64}"),
+        *("--set", f"model.weights=folder:{folder}", "--set", f"model.weights_sha256={'ab' * 32}"),
     )
     message = refused(outcome)
-    assert "model.safetensors: sha256 " in message and "model.weights_sha256 says 000" in message
+    assert "model.safetensors: sha256 " in message and "model.weights_sha256 says abab" in message
     assert message.endswith("do not use this file")
 
 

@@ -79,7 +79,8 @@ def documents(folder: Path, texts: Sequence[str] = TEXTS * 3) -> Path:
 
 
 def test_embedder_and_encoder_become_one_checkpoint(start: Path) -> None:
-    manifest = open_artifact(start, "import")
+    manifest = open_artifact(start)
+    assert manifest.stage == "import"
     assert manifest.facts["stands_for"] == "ict" and manifest.facts["step"] == 0 and manifest.facts["with_encoder"]
     assert manifest.facts["origin"] == "transformers RealmEmbedder + transformers RealmKnowledgeAugEncoder"
     assert {name.split("/")[0] for name in manifest.sources} == {"RealmEmbedder", "RealmKnowledgeAugEncoder"}
@@ -129,7 +130,8 @@ def test_pretraining_starts_from_an_imported_checkpoint(start: Path, tmp_path: P
 def test_an_encoder_alone_becomes_start_weights(tmp_path: Path) -> None:
     found = read_hf(port_folder(tmp_path / "hf", "RealmKnowledgeAugEncoder"))
     import_checkpoint(found, config=settings(), out=tmp_path / "weights")
-    weights = load_start_weights(settings(f"model.weights=folder:{tmp_path / 'weights'}").model, len(VOCABULARY))
+    config = settings(f"model.weights=folder:{tmp_path / 'weights'}", "model.layers=null")
+    weights = load_start_weights(config.model, len(VOCABULARY))
     assert weights.has_mlm_head and weights.shape == SHAPE
     state = encoder_state()
     for name, tensor in weights.tensors.items():
@@ -143,6 +145,11 @@ def test_a_reader_alone_joins_the_checkpoint_it_is_given(start: Path, tmp_path: 
     made = import_checkpoint(found, config=settings(), out=tmp_path / "reader", checkpoint=start)
     assert made[tmp_path / "reader"].parents == {"checkpoint": read_manifest(start).digest}
     assert finetune.load_reader(tmp_path / "reader").max_span_width == SPAN_WIDTH
+    for other in ("RealmKnowledgeAugEncoder", "RealmEmbedder"):
+        with pytest.raises(DataError, match="only for a reader alone"):
+            import_checkpoint(
+                read_hf(port_folder(tmp_path / other, other)), config=settings(), out=tmp_path / "x", checkpoint=start
+            )
 
 
 def test_the_names_of_a_readers_files_are_those_of_the_stage(open_qa: Path) -> None:
@@ -152,7 +159,7 @@ def test_the_names_of_a_readers_files_are_those_of_the_stage(open_qa: Path) -> N
 
 def test_open_qa_becomes_a_checkpoint_a_corpus_vectors_an_index_and_a_reader(open_qa: Path) -> None:
     names = {"checkpoint": "ict", "corpus": "corpus", "snapshot": "reembed", "index": "index", "reader": "finetune"}
-    manifests = {name: open_artifact(open_qa / name, "import") for name in names}
+    manifests = {name: open_artifact(open_qa / name) for name in names}
     assert {name: made.facts["stands_for"] for name, made in manifests.items()} == names
     assert set(manifests["reader"].parents) == {"checkpoint", "corpus", "index"}
     assert manifests["reader"].parents["index"] == manifests["index"].digest

@@ -118,7 +118,9 @@ def test_an_index_whose_checksums_are_right_but_whose_content_is_not_is_refused(
 ) -> None:
     prefix = tmp_path_factory.mktemp("bundle") / "m"
     write_table(prefix.with_name("m.index"), [(b"", b"\x08\x01"), (b"bert/x", content)])
-    with contextlib.suppress(DataError):  # hardly any bytes describe a tensor; whatever they are, nothing else may be raised
+    with contextlib.suppress(
+        DataError
+    ):  # hardly any bytes describe a tensor; whatever they are, nothing else may be raised
         Bundle.open(prefix).read("bert/x")
 
 
