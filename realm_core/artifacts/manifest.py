@@ -38,6 +38,11 @@ class Manifest:
         content = {key: value for key, value in asdict(self).items() if key != "record"}
         return hashlib.sha256(_canonical(content)).hexdigest()
 
+    @property
+    def stands_for(self) -> str:
+        """The stage whose output this is laid out as: its own, or the one an imported artifact stands in for."""
+        return str(self.facts.get("stands_for", self.stage))
+
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "digest": self.digest}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
@@ -118,7 +123,7 @@ def verify_files(folder: Path, manifest: Manifest, only: str = "") -> None:
 def open_artifact(folder: Path, stage: str | None = None) -> Manifest:
     """Manifest of `folder` after checking that the expected stage wrote it and that its bytes are unaltered."""
     manifest = read_manifest(folder)
-    if stage is not None and manifest.stage != stage:
+    if stage is not None and manifest.stands_for != stage:
         raise ArtifactError(f"{folder}: written by stage {manifest.stage}, expected {stage}; pass the right folder")
     verify_files(folder, manifest)
     return manifest

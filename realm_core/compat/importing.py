@@ -42,8 +42,8 @@ def import_checkpoint(found: Foreign, *, config: Config, out: Path, checkpoint: 
     """
     if checkpoint is not None and (found.retriever is not None or found.reader is None):
         raise DataError(f"--checkpoint {checkpoint}: only for a reader alone, not for {' + '.join(found.origins)}")
-    tokenizer = _tokenizer(found)
-    if found.retriever is None:
+    tokenizer, retriever = _tokenizer(found), found.retriever
+    if retriever is None:
         if found.reader is not None:
             return _reader_alone(found, found.reader, checkpoint, out)
         assert found.encoder is not None, "a reader of foreign formats found nothing and said nothing"
@@ -52,9 +52,9 @@ def import_checkpoint(found: Foreign, *, config: Config, out: Path, checkpoint: 
     if found.block_vectors is not None and not with_texts:
         found = replace(found, notes=(*found.notes, NO_TEXTS))
     if found.reader is None and not with_texts:
-        return {out: _write_checkpoint(found, found.retriever, tokenizer, out)}
+        return {out: _write_checkpoint(found, retriever, tokenizer, out)}
     made: Artifacts = {}
-    made[out / "checkpoint"] = _write_checkpoint(found, found.retriever, tokenizer, out / "checkpoint")
+    made[out / "checkpoint"] = _write_checkpoint(found, retriever, tokenizer, out / "checkpoint")
     if with_texts:
         made |= _write_passages(found, made[out / "checkpoint"], config, tokenizer, out)
     if found.reader is not None:

@@ -1,7 +1,6 @@
 """Opens the weight files of a transformers folder: safetensors, or a PyTorch file through the loader that runs no code."""
 
 import json
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -79,10 +78,8 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
     _require_plain_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever a damaged or hostile file makes torch's reader raise
         raise DataError(f"{path}: refused by the loader that runs no code ({_short(error)}); use safetensors") from None
-    except (EOFError, IndexError, AssertionError, MemoryError, OverflowError, RecursionError) as error:
-        raise DataError(f"{path}: damaged ({type(error).__name__}); fetch it again") from None
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and type(tensor) in (Tensor, torch.nn.Parameter) for name, tensor in content.items()
     ):

@@ -53,8 +53,7 @@ class Report(TypedDict, total=False):
 
 # heading, key, kind; what both tables of the report show
 _VERSION_COLUMNS = (
-    ("step", "step", "count"),
-    ("checkpoint", "checkpoint", "text"),
+    ("checkpoint", "checkpoint", "name"),
     ("index", "index_digest", "digest"),
     ("vs exact", "recall_vs_exact", "share"),
     ("R@5", "recall_at_5", "share"),
@@ -171,7 +170,7 @@ def _swaps(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _add_columns(target: Table, columns: Sequence[tuple[str, str, str]]) -> None:
     for heading, _, kind in columns:
-        target.add_column(heading, justify="left" if kind in ("text", "digest") else "right", no_wrap=kind != "text")
+        target.add_column(heading, justify="left" if kind in ("text", "name", "digest") else "right", no_wrap=kind != "text")
 
 
 def _cells(row: Mapping[str, Any], columns: Sequence[tuple[str, str, str]]) -> list[str]:
@@ -199,7 +198,7 @@ def _markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[s
     if not rows:
         return ["None.", ""]
     head = "| " + " | ".join(heading for heading, _, _ in columns) + " |"
-    rule = "|" + "|".join(":--" if kind in ("text", "digest") else "--:" for _, _, kind in columns) + "|"
+    rule = "|" + "|".join(":--" if kind in ("text", "name", "digest") else "--:" for _, _, kind in columns) + "|"
     return [head, rule, *("| " + " | ".join(map(_escape, _cells(row, columns))) + " |" for row in rows), ""]
 
 

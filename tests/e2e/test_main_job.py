@@ -81,7 +81,7 @@ def test_runs_partitions_and_checks_are_in_dagsters_event_log(finished: tuple[Ho
         assert {run.run_id for run in refreshes} == {version["dagster_run_id"] for version in versions.values()}
         assert {run.tags["dagster/sensor_name"] for run in refreshes} == {"checkpoint_sensor"}
         keys = list(instance.get_dynamic_partitions("realm_ckpt"))
-        assert keys == home.store.names("checkpoints") == [f"r1-s{step:07d}" for step in range(0, 481, 40)]
+        assert keys == home.store.names("checkpoints") == [f"r1-s{step:07d}" for step in range(0, 481, 20)]
         reported = instance.fetch_materializations(AssetKey("realm_checkpoint"), limit=1000).records
         assert Counter(record.partition_key for record in reported) == Counter(keys)
         for asset in ("embedding_snapshot", "mips_index", "qa_eval", "promoted_index"):

@@ -256,6 +256,7 @@ def rewritten(
             archive.writestr(name, change(name, content))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("place", ["as a value", "instead of the pickle", "as a bare pickle"])
 def test_code_in_a_pytorch_file_is_never_run(tmp_path: Path, place: str) -> None:
     canary = tmp_path / "canary"
