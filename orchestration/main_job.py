@@ -23,7 +23,7 @@ from realm_core.evaluate.report import JSON, write_report
 from realm_core.stages import CODE
 
 RUN = "r1"
-_SETTLE_SECONDS = 900.0  # how long the last refresh may take after the trainer's last step
+_IDLE_SECONDS = 300.0  # how long no refresh may be under way before the last checkpoint counts as forgotten
 
 
 def run(home: Path, config: Config, profile: str, corpus: Path, questions: Path) -> dict[str, Any]:
@@ -150,11 +150,15 @@ def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.KeptDae
                 f"the trainer died; see {store.trainer(RUN) / trainer.LOG}, then run the same command again"
             )
         if outcome is not None:
-            deadline = deadline or time.monotonic() + _SETTLE_SECONDS
             if _settled(store, instance, store.names("checkpoints")[-1]):
                 return
+            # A refresh takes as long as the corpus is large; only a loop in which nothing happens is given up.
+            deadline = time.monotonic() + _IDLE_SECONDS if deadline is None or _refreshing(instance) else deadline
             if time.monotonic() > deadline:
-                raise RealmError(f"the last checkpoint was not refreshed in {_SETTLE_SECONDS:.0f} s; see {daemon.log}")
+                raise RealmError(
+                    f"no refresh of the last checkpoint began in {_IDLE_SECONDS:.0f} s; see {daemon.log}, "
+                    "then run the same command again"
+                )
         elif failed := _first_refresh_failed(store, instance):
             raise RealmError(failed)
         time.sleep(0.5)
@@ -166,7 +170,7 @@ def _retry_failed_refresh(store: Store, instance: dg.DagsterInstance) -> None:
     if not keys or store.has("verdicts", keys[-1]):
         return
     runs = instance.get_runs(dg.RunsFilter(tags={"realm/checkpoint": keys[-1]}))
-    if runs and all(run.is_finished for run in runs):
+    if runs and not any(_goes_on(run) for run in runs):
         _say(f"refresh {keys[-1]} again")
         tags = {"dagster/partition": keys[-1], "realm/checkpoint": keys[-1]}
         execute(store.home, instance, ["dagster", "job", "execute", "-j", "refresh_index", "--tags", json.dumps(tags)])
@@ -177,7 +181,18 @@ def _settled(store: Store, instance: dg.DagsterInstance, key: str) -> bool:
     live = store.live()
     runs = instance.get_runs(dg.RunsFilter(tags={"realm/checkpoint": key}))
     asked = bool(runs) or (live is not None and live.index == key)
-    return asked and all(run.is_finished for run in runs)
+    return asked and not any(_goes_on(run) for run in runs)
+
+
+def _refreshing(instance: dg.DagsterInstance) -> bool:
+    """Whether some refresh is queued, running, or due for another try."""
+    return any(_goes_on(run) for run in instance.get_runs(dg.RunsFilter(job_name="refresh_index"), limit=5))
+
+
+def _goes_on(run: dg.DagsterRun) -> bool:
+    """Whether the run is under way, or failed and will be tried once more by the daemon."""
+    retry_is_due = run.tags.get("dagster/will_retry") == "true" and "dagster/auto_retry_run_id" not in run.tags
+    return not run.is_finished or retry_is_due
 
 
 def _first_refresh_failed(store: Store, instance: dg.DagsterInstance) -> str | None:
@@ -186,7 +201,7 @@ def _first_refresh_failed(store: Store, instance: dg.DagsterInstance) -> str | N
     if store.live() is not None:
         return None
     runs = instance.get_runs(dg.RunsFilter(tags={"realm/checkpoint": key}))
-    if runs and all(run.status == dg.DagsterRunStatus.FAILURE for run in runs):
+    if runs and not any(_goes_on(run) or run.is_success for run in runs):
         return failure_text(instance, runs[0].run_id) or f"the first refresh failed: run {runs[0].run_id}"
     return None
 

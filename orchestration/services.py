@@ -19,9 +19,14 @@ LOOPBACK = "127.0.0.1"
 _DAGSTER_YAML = """\
 # Written once by realm; edit it as you like. SQLite in this folder is the default storage.
 telemetry: {enabled: false}
+nux: {enabled: false}  # no invitation over every page
 concurrency:
   runs: {max_concurrent_runs: 4}
   pools: {granularity: run, default_limit: 1}
+run_coordinator:
+  module: dagster.core.run_coordinator
+  class: QueuedRunCoordinator
+  config: {dequeue_interval_seconds: 1}  # waiting in the queue makes every index older
 run_monitoring: {enabled: true, start_timeout_seconds: 180, poll_interval_seconds: 30}
 run_retries: {enabled: true, max_retries: 1, retry_on_asset_or_op_failure: false}
 retention: {sensor: {purge_after_days: {skipped: 2, success: -1}}}

@@ -53,9 +53,7 @@ reembed.run(
 """
 
 
-@pytest.mark.parametrize(
-    ("moment", "kept"), [("while embedding", 1), ("half a shard", 1), ("before the manifest", 2)]
-)
+@pytest.mark.parametrize(("moment", "kept"), [("while embedding", 1), ("half a shard", 1), ("before the manifest", 2)])
 def test_finished_shards_of_a_killed_pass_are_not_embedded_again(
     tiny_home: Store,
     tmp_path: Path,

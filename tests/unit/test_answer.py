@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +108,19 @@ def tune(store: Store, key: str) -> None:
     )
 
 
-def test_the_reader_tuned_on_the_live_index_is_preferred_and_its_question_tower_used(home: Store) -> None:
-    tune(home, FIRST)
-    tune(home, LATER)
+@pytest.fixture(scope="module")
+def tuned(tiny_home: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The tiny home with a reader for each of its two index versions."""
+    store = Store.open(Path(shutil.copytree(tiny_home.home, tmp_path_factory.mktemp("tuned") / "home")))
+    for key in (FIRST, LATER):
+        tune(store, key)
+    return store
+
+
+def test_the_reader_tuned_on_the_live_index_is_preferred_and_its_question_tower_used(
+    copy_home: Callable, tuned: Store
+) -> None:
+    home = copy_home(of=tuned)
     first = Answerer.open(home)
     assert first.ask(QUESTION).reader == f"readers/{FIRST}"
     assert first.pipeline.adds_relevance
@@ -123,8 +134,9 @@ def test_the_reader_tuned_on_the_live_index_is_preferred_and_its_question_tower_
     )
 
 
-def test_a_reader_of_another_index_reads_but_does_not_retrieve(home: Store) -> None:
-    tune(home, LATER)
+def test_a_reader_of_another_index_reads_but_does_not_retrieve(copy_home: Callable, tuned: Store) -> None:
+    home = copy_home(of=tuned)
+    shutil.rmtree(home.path("readers", FIRST))
     answerer = Answerer.open(home)  # live is the first
     assert answerer.ask(QUESTION).reader == f"readers/{LATER}"
     assert not answerer.pipeline.adds_relevance
@@ -133,9 +145,10 @@ def test_a_reader_of_another_index_reads_but_does_not_retrieve(home: Store) -> N
     assert asked.passages == answerer.ask(QUESTION).passages
 
 
-def test_retention_of_the_start_of_a_reader_does_not_silence_it(home: Store) -> None:
+def test_retention_of_the_start_of_a_reader_does_not_silence_it(copy_home: Callable, tuned: Store) -> None:
+    home = copy_home(of=tuned)
+    shutil.rmtree(home.path("readers", LATER))
     promote.run(home.config(), store=home, name=LATER)
-    tune(home, FIRST)
     home.prune_checkpoints("r1", keep=1, spare=set())
     assert home.checkpoints("r1") == [LATER]
     assert Answerer.open(home).ask(QUESTION).reader == f"readers/{FIRST}"

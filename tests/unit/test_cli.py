@@ -322,9 +322,7 @@ def test_a_file_where_an_artifact_is_expected_is_named(realm: Callable, document
 
 
 @pytest.mark.parametrize("swapped", ["corpus", "questions", "checkpoint", "reader"])
-def test_a_folder_of_another_stage_is_refused(
-    realm: Callable, tiny_home: Store, tmp_path: Path, swapped: str
-) -> None:
+def test_a_folder_of_another_stage_is_refused(realm: Callable, tiny_home: Store, tmp_path: Path, swapped: str) -> None:
     places = {
         "corpus": tiny_home.path("corpus", "v0001"),
         "questions": tiny_home.path("questions", "v0001"),
@@ -377,7 +375,7 @@ def test_a_wrong_command_is_one_line(
 
 def test_a_title_that_is_not_there_is_refused(realm: Callable, tiny_home: Store) -> None:
     outcome = realm("corpus", "show", tiny_home.path("corpus", "v0001"), "--title", "a doll's house")
-    assert "no document titled \"a doll's house\"; titles are compared letter by letter" in refused(outcome)
+    assert 'no document titled "a doll\'s house"; titles are compared letter by letter' in refused(outcome)
 
 
 def test_a_real_process_ends_with_code_2_and_one_line(tmp_path: Path) -> None:
@@ -388,3 +386,16 @@ def test_a_real_process_ends_with_code_2_and_one_line(tmp_path: Path) -> None:
         check=False,
     )
     assert refused((done.returncode, done.stdout, done.stderr)).endswith("make one with realm demo or realm run")
+
+
+def test_a_line_break_in_an_argument_does_not_break_the_line(realm: Callable, documents: Path, tmp_path: Path) -> None:
+    outcome = realm("corpus", "build", "--input", documents, "--out", tmp_path / "c", "--set", "a\nb", *TINY)
+    assert refused(outcome) == "--set a b: no '='; write --set section.key=value"
+
+
+def test_the_main_job_in_a_home_that_cannot_be_made_ends_with_code_2_and_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "orchestration.cli", "demo", "--home", str(tmp_path / "file" / "home"), *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    message = refused((done.returncode, done.stdout, done.stderr))
+    assert message.startswith(f"{tmp_path}/file/home: cannot be created") and message.endswith("choose another --home")

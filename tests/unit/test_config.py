@@ -89,7 +89,7 @@ def test_a_wrong_file_is_one_line_with_the_place_the_finding_and_the_next_move(
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read .*; pass --params FILE"):
+    with pytest.raises(ConfigError, match=r"cannot be read .*; pass --params FILE"):
         load_config(tmp_path / "absent.yaml")
     (tmp_path / "latin.yaml").write_bytes("profiles: {tiny: {seed: 1}} # é".encode("latin-1"))
     with pytest.raises(ConfigError, match="not UTF-8 at byte 30; mend the file"):

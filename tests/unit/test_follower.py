@@ -53,9 +53,7 @@ def test_the_first_step_takes_what_is_live_and_writes_it_down(follow: Callable, 
     follower.resume(0, 0)
     assert follower.wait_for_first(1.0, lambda: False)
     assert served(follower, range(3)) == [FIRST] * 3
-    assert follower.timeline(0) == [
-        {"step": 0, "index": FIRST, "index_digest": home.manifest("indexes", FIRST).digest}
-    ]
+    assert follower.timeline(0) == [{"step": 0, "index": FIRST, "index_digest": home.manifest("indexes", FIRST).digest}]
     assert swaps(follower) == [(0, FIRST)]
 
 
@@ -107,7 +105,9 @@ def test_an_altered_version_is_refused_once_and_the_old_one_stays(
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
     assert served(follower, range(2, 6)) == [FIRST] * 4
     assert len(warnings) == 1
-    assert "step 2: index r1-s0000004 refused, the old one stays" in warnings[0] and "vectors.npy: sha256" in warnings[0]
+    assert (
+        "step 2: index r1-s0000004 refused, the old one stays" in warnings[0] and "vectors.npy: sha256" in warnings[0]
+    )
     assert swaps(follower) == [(0, FIRST)]
 
 

@@ -30,7 +30,7 @@ def test_rows_reach_every_sink_of_a_fan_out(tmp_path: Path) -> None:
 def test_a_metrics_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "metrics.jsonl", tmp_path):
-        with pytest.raises(ArtifactError, match="cannot be written .*; choose another file"):
+        with pytest.raises(ArtifactError, match=r"cannot be written .*; choose another file"):
             JsonLinesSink(path)
 
 

@@ -200,6 +200,7 @@ def test_a_run_keeps_start_best_newest_live_and_what_serves_it(home: Store) -> N
     assert {FIRST, LATER} <= set(home.checkpoints("r1"))
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_index_in_use_outlives_its_time_as_live(
     build_home: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +225,7 @@ def test_the_checkpoint_of_the_index_in_use_outlives_its_time_as_live(
 
 def test_other_settings_for_a_run_that_began_are_refused(home: Store) -> None:
     set_config(home, ("pretrain", "lr", 0.5))
-    with pytest.raises(ArtifactError, match="trained with other settings .*restore them, or start a new training run"):
+    with pytest.raises(ArtifactError, match=r"trained with other settings .*restore them, or start a new training run"):
         train(home)
 
 

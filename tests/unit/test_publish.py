@@ -49,18 +49,24 @@ def test_a_committed_folder_appears_complete(tmp_path: Path) -> None:
     assert hidden(tmp_path) == []
 
 
-def test_a_failure_publishes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), building(tmp_path / "a", PLAN) as build:
+def fail(place: Path, *, after_the_commit: bool) -> None:
+    with building(place, PLAN) as build:
         (build.folder / "file").write_text("x")
+        if after_the_commit:
+            build.commit({})
         raise ZeroDivisionError
+
+
+def test_a_failure_publishes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        fail(tmp_path / "a", after_the_commit=False)
     assert visible(tmp_path) == hidden(tmp_path) == []
 
 
 def test_a_failure_after_the_commit_publishes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), building(tmp_path / "a", PLAN) as build:
-        build.commit({})
-        raise ZeroDivisionError
-    assert visible(tmp_path) == []
+    with pytest.raises(ZeroDivisionError):
+        fail(tmp_path / "a", after_the_commit=True)
+    assert visible(tmp_path) == hidden(tmp_path) == []
 
 
 def test_a_block_without_a_commit_publishes_nothing(tmp_path: Path) -> None:
@@ -72,9 +78,9 @@ def test_a_block_without_a_commit_publishes_nothing(tmp_path: Path) -> None:
 def test_what_exists_is_never_overwritten(tmp_path: Path) -> None:
     with building(tmp_path / "a", PLAN) as build:
         build.commit({"rows": 1})
-    with pytest.raises(ArtifactError, match=r"a: exists; artifacts are never overwritten, choose another name"):
-        with building(tmp_path / "a", PLAN):
-            pytest.fail("the block must not be entered")
+    message = "a: exists; artifacts are never overwritten, choose another name"
+    with pytest.raises(ArtifactError, match=message), building(tmp_path / "a", PLAN):
+        pytest.fail("the block must not be entered")
     assert read_manifest(tmp_path / "a").facts == {"rows": 1}
 
 
@@ -163,9 +169,9 @@ def test_run_ids_of_the_caller_are_in_the_record_and_not_in_the_digest(
 
 def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ArtifactError, match="cannot be written .*; choose another --home or mend its permissions"):
-        with building(tmp_path / "file" / "a", PLAN):
-            pytest.fail("the block must not be entered")
+    message = r"cannot be written .*; choose another --home or mend its permissions"
+    with pytest.raises(ArtifactError, match=message), building(tmp_path / "file" / "a", PLAN):
+        pytest.fail("the block must not be entered")
 
 
 # --- small files -----------------------------------------------------------------------------------------------------
@@ -201,9 +207,7 @@ def test_rows_come_back_in_order_whatever_line_breaks_they_hold(tmp_path: Path) 
         append_durably(tmp_path / "log.jsonl", row)
     assert read_json_lines(tmp_path / "log.jsonl") == rows
     # An older file may hold such characters unescaped.
-    (tmp_path / "raw.jsonl").write_bytes(
-        b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-    )
+    (tmp_path / "raw.jsonl").write_bytes(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
     assert read_json_lines(tmp_path / "raw.jsonl") == rows
 
 

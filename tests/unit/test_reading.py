@@ -1,6 +1,5 @@
 """Reading an answer out of blocks, and giving it in the words of the text."""
 
-
 import string
 
 import numpy as np
@@ -133,5 +132,3 @@ def test_a_question_that_fills_the_reader_leaves_no_answer(corpus: Corpus) -> No
     question = np.full(500, corpus.tokenizer.mask_id).tolist()
     reading = read_answer(reader, corpus, question, [0], [0.0], tokenizer=corpus.tokenizer, length=40, device=device())
     assert reading is None
-
-

@@ -56,14 +56,13 @@ def test_the_same_inputs_and_settings_give_the_same_digests_again(
     assert digests(build_home(tmp_path / "again")) == digests(tiny_home)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_digests(tiny_home: Store, build_home: Callable, tmp_path: Path) -> None:
     other = digests(build_home(tmp_path / "other", "seed=8"))
     assert not set(other.values()) & set(digests(tiny_home).values())
 
 
-def test_finished_work_is_not_done_again(
-    tiny_home: Store, refresh: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_work_is_not_done_again(tiny_home: Store, refresh: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("done already")
 
@@ -205,9 +204,10 @@ def scratch_with(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     def stop(self: Any, digests: dict[str, str]) -> dict[str, Any]:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(reembed._Pass, "report", stop)
-        embed(store, key, tmp_path / "s")
+        with pytest.raises(KeyboardInterrupt):
+            embed(store, key, tmp_path / "s")
     return tmp_path / ".s.partial"
 
 
@@ -255,7 +255,8 @@ def poison(store: Store, key: str) -> None:
 def test_a_checkpoint_of_nan_is_refused_and_leaves_nothing_behind(home: Store, tmp_path: Path) -> None:
     poison(home, LATER)
     with pytest.raises(
-        ArtifactError, match=r"checkpoints/r1-s0000004: 320 of 320 vectors are not finite; it is broken, resume training"
+        ArtifactError,
+        match=r"checkpoints/r1-s0000004: 320 of 320 vectors are not finite; it is broken, resume training",
     ):
         embed(home, LATER, tmp_path / "s")
     assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir() and entry.name != "home"] == []
@@ -278,7 +279,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(home: Store, tmp_path: Pa
     rows = ['{"title": "A", "text": "Snow fell in July 1969. Nobody was there."}']
     (tmp_path / "documents.jsonl").write_text("\n".join(rows))
     corpus.run(home.config(), source=tmp_path / "documents.jsonl", out=tmp_path / "c", sink=SINK)
-    with pytest.raises(ArtifactError, match="other vocabulary than .*; build the corpus with it"):
+    with pytest.raises(ArtifactError, match=r"other vocabulary than .*; build the corpus with it"):
         reembed.run(
             home.config(),
             checkpoint=home.path("checkpoints", LATER),
@@ -299,7 +300,9 @@ def test_an_empty_shard_does_not_count_in_the_smallest_norm(
     made = reembed.run(config, checkpoint=tmp_path / "i", corpus=tmp_path / "c", out=tmp_path / "s", sink=SINK)
     assert 0 in read_manifest(tmp_path / "c").facts["shard_blocks"].values()
     assert made.facts["norm_min"] > 0
-    index.run(config, snapshot=tmp_path / "s", checkpoint=tmp_path / "i", corpus=tmp_path / "c", out=tmp_path / "x", sink=SINK)
+    index.run(
+        config, snapshot=tmp_path / "s", checkpoint=tmp_path / "i", corpus=tmp_path / "c", out=tmp_path / "x", sink=SINK
+    )
 
 
 # --- index -----------------------------------------------------------------------------------------------------------
@@ -328,12 +331,12 @@ def test_an_index_names_its_three_parents_and_the_shards(tiny_home: Store) -> No
 def test_an_index_of_another_checkpoint_or_corpus_is_refused(
     tiny_home: Store, tiny_sources: dict[str, str], tmp_path: Path
 ) -> None:
-    with pytest.raises(ArtifactError, match="made from checkpoint .*; pass the checkpoint of this version"):
+    with pytest.raises(ArtifactError, match=r"made from checkpoint .*; pass the checkpoint of this version"):
         build_index(tiny_home, tmp_path / "x", checkpoint=tiny_home.path("checkpoints", FIRST))
     lines = Path(tiny_sources["corpus"]).read_text("utf-8").splitlines()[:30]
     (tmp_path / "documents.jsonl").write_text("\n".join(lines), encoding="utf-8")
     corpus.run(tiny_home.config(), source=tmp_path / "documents.jsonl", out=tmp_path / "c", sink=SINK)
-    with pytest.raises(ArtifactError, match="made from corpus .*; pass the corpus of this version"):
+    with pytest.raises(ArtifactError, match=r"made from corpus .*; pass the corpus of this version"):
         build_index(tiny_home, tmp_path / "x", corpus=tmp_path / "c")
     assert not (tmp_path / "x").exists()
 
@@ -358,7 +361,7 @@ def test_a_version_opens_only_with_the_checkpoint_and_corpus_it_was_built_from(
     tiny_home: Store, copy_home: Callable
 ) -> None:
     assert open_later(tiny_home).name == LATER
-    with pytest.raises(ArtifactError, match="made from checkpoint .*; pass the checkpoint of this version"):
+    with pytest.raises(ArtifactError, match=r"made from checkpoint .*; pass the checkpoint of this version"):
         open_later(tiny_home, checkpoint=tiny_home.path("checkpoints", FIRST))
     with pytest.raises(ArtifactError, match="made from corpus"):
         open_later(tiny_home, corpus=tiny_home.path("questions", "v0001"))
@@ -542,7 +545,7 @@ def test_fine_tuning_on_an_index_moves_the_question_tower_alone(tiny_home: Store
 
 
 def test_a_reader_of_another_start_is_refused_in_the_evaluation(tiny_home: Store, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="not fine-tuned from .*; pass the checkpoint it started from"):
+    with pytest.raises(ArtifactError, match=r"not fine-tuned from .*; pass the checkpoint it started from"):
         evaluate.run(
             tiny_home.config(),
             index=None,
@@ -559,7 +562,9 @@ def test_a_reader_of_another_start_is_refused_in_the_evaluation(tiny_home: Store
 
 def test_an_evaluation_keeps_every_prediction_with_its_evidence(tiny_home: Store) -> None:
     made = tiny_home.manifest("evaluations", LATER)
-    rows = [json.loads(x) for x in (tiny_home.path("evaluations", LATER) / "predictions.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(x) for x in (tiny_home.path("evaluations", LATER) / "predictions.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == made.facts["questions"] == 10
     assert made.facts["metrics"]["exact_match"] == sum(row["correct"] for row in rows) / len(rows)
     for row in rows:

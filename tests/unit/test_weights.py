@@ -105,17 +105,15 @@ def test_a_file_of_another_digest_is_refused_before_it_is_opened(folder: Path, n
     setting = "weights_sha256" if name == WEIGHTS else "vocabulary_sha256"
     (folder / name).write_bytes(b"not what it claims to be")
     demanding = config(folder, **{setting: "0" * 64})
-    with pytest.raises(ArtifactError, match=f"sha256 \\w{{64}}, model.{setting} says 0{{64}}; do not use this file"):
-        vocabulary_path(demanding)
-        load_start_weights(demanding, 60)
+    with pytest.raises(ArtifactError, match=rf"sha256 \w{{64}}, model\.{setting} says 0{{64}}; do not use this file"):
+        vocabulary_path(demanding) if name == VOCABULARY else load_start_weights(demanding, 60)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, VOCABULARY])
 def test_a_missing_file_is_named_with_what_the_folder_must_hold(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(ConfigError, match=f"{name}: missing; model.weights must name a folder with config.json, model"):
-        vocabulary_path(config(folder))
-        weights_sha256(config(folder))
+        vocabulary_path(config(folder)) if name == VOCABULARY else weights_sha256(config(folder))
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -126,7 +124,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_one_line(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(b"\x00" * 100)
-    with pytest.raises(ArtifactError, match="cannot be read .*; fetch the weights again") as caught:
+    with pytest.raises(ArtifactError, match=r"cannot be read .*; fetch the weights again") as caught:
         load_start_weights(config(folder), 60)
     assert "\n" not in str(caught.value)
 
