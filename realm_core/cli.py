@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from realm_core import cli_compat
+from realm_core import cli_compat, cli_corpus
 from realm_core.artifacts.manifest import Manifest
 from realm_core.config import load_config
 from realm_core.errors import DataError, RealmError
@@ -34,53 +34,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-corpus_app = typer.Typer(help="Documents to shards of tokenised blocks.", no_args_is_help=True)
-app.add_typer(corpus_app, name="corpus")
+cli_corpus.mount(app)
 cli_compat.mount(app)
-
-
-@corpus_app.command("build")
-def corpus_build(
-    input_: Annotated[Path, typer.Option("--input", help="Documents, one JSON object a line with title and text (.gz too).")],
-    out: Out,
-    source: Annotated[str, typer.Option(help="Format of the input.")] = "jsonl",
-    params: Params = None,
-    profile: Profile = "demo",
-    set_: Set = None,
-    as_json: AsJson = False,
-) -> None:
-    """Pack documents into blocks, tokenise them, and find their salient spans.
-
-    Example: realm corpus build --input docs.jsonl --out build/corpus
-    """
-    from realm_core.corpus.readers import READERS
-    from realm_core.stages import corpus
-
-    if source not in READERS:
-        raise DataError(f"--source {source}: unknown; choose one of {', '.join(READERS)}")
-    config = load_config(params, profile, set_ or ())
-    show(corpus.run(config, source=input_, out=out, sink=NullSink(), source_format=source), as_json)
-
-
-@corpus_app.command("show")
-def corpus_show(
-    folder: Annotated[Path, typer.Argument(help="A corpus folder.")],
-    title: Annotated[str, typer.Option(help="Title of the document.")],
-    as_json: AsJson = False,
-) -> None:
-    """Print the blocks of one document."""
-    from realm_core.artifacts.manifest import open_artifact
-    from realm_core.corpus.shards import Corpus
-
-    open_artifact(folder, "corpus")
-    blocks = Corpus.open(folder)
-    found = [block for row in range(len(blocks)) if (block := blocks.block(row)).title == title]
-    if not found:
-        raise DataError(f"{folder}: no document titled {title!r}; titles are compared letter by letter")
-    if as_json:
-        print(json.dumps([{"block_id": block.block_id, "text": block.text} for block in found], ensure_ascii=False))
-    for block in () if as_json else found:
-        print(f"{block.block_id}  {len(block.token_ids)} wordpieces, {len(block.spans)} spans\n{block.text}\n")
 
 
 @app.command()
@@ -372,7 +327,7 @@ def _sink(path: Path | None) -> MetricSink:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)  # one line, whatever a file or an argument held
     sys.exit(code)
 
 

@@ -8,53 +8,94 @@ Rows of different length are stored flat with offsets, in one safetensors file t
 """
 
 import json
+import shutil
 from array import array
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-from safetensors.numpy import save_file
 
 from realm_core.errors import ArtifactError
 
 BLOCKS_FILE, TOKENS_FILE, VOCABULARY_FILE = "blocks.parquet", "tokens.safetensors", "vocab.txt"
+COLUMNS = ("block_id", "doc_id", "title", "text", "start", "stop")
 ROWS_PER_GROUP = 1024  # blocks of the Parquet file that are decompressed together when one text is asked for
 
 Array = np.ndarray
 _TYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 
+def shard_name(number: int) -> str:
+    """Folder name of a shard. Rows count through the shards in the order of these names."""
+    return f"shard-{number:03d}"
+
+
 class Ragged:
-    """Collects rows of different length: flat int32 values and int64 offsets, four bytes a value."""
+    """Rows of different length: flat int32 values and int64 ends, in memory."""
 
     def __init__(self, width: int = 1) -> None:
-        self._values = array("i")
-        self._ends = array("q", [0])
-        self._width = width
+        self.values = array("i")
+        self.ends = array("q")
+        self.width = width
 
     def append(self, row: Sequence[int] | Sequence[tuple[int, int]]) -> None:
         """Add one row; with width 2 its values are pairs."""
-        for value in row:
-            self._values.extend(value if isinstance(value, tuple) else (value,))
-        self._ends.append(len(self._values) // self._width)
-
-    @property
-    def values(self) -> Array:
-        """Flat [m], or [m, 2] with width 2."""
-        flat = np.frombuffer(self._values, dtype=np.int32) if self._values else np.zeros(0, dtype=np.int32)
-        return flat if self._width == 1 else flat.reshape(-1, self._width)
-
-    @property
-    def offsets(self) -> Array:
-        """[rows + 1]; row i is values[offsets[i]:offsets[i + 1]]."""
-        return np.frombuffer(self._ends, dtype=np.int64)
+        self.values.extend(chain.from_iterable(row) if self.width > 1 else row)  # type: ignore[arg-type]
+        self.ends.append(len(self.values) // self.width)
 
 
-def write_arrays(path: Path, arrays: dict[str, Array]) -> None:
-    """Write the arrays; equal arrays give equal bytes."""
-    save_file({name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}, path)
+class RaggedFile:
+    """The same, with the values on disk: a shard may be larger than memory. Several may share one list of ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("w+b")
+        self.ends = array("q", [0])
+
+    def extend(self, rows: Ragged) -> None:
+        """Add all rows."""
+        base = self.ends[-1]
+        self._file.write(rows.values.tobytes())
+        self.ends.extend(base + end for end in rows.ends)
+
+    def copy_to(self, target: BinaryIO) -> None:
+        """Append the values to another file."""
+        self._file.seek(0)
+        shutil.copyfileobj(self._file, target, 1 << 20)
+
+    def drop(self) -> None:
+        """Close and remove the file."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+def write_arrays(path: Path, offsets: dict[str, RaggedFile], values: dict[str, tuple[RaggedFile, int]]) -> None:
+    """Write one safetensors file: the ends as int64 offsets, then int32 values with their width.
+
+    Equal arrays give equal bytes.
+    """
+    header: dict[str, Any] = {}
+    position = 0
+    for name, rows in sorted(offsets.items()):
+        count = len(rows.ends)
+        header[name] = {"dtype": "I64", "shape": [count], "data_offsets": [position, position + 8 * count]}
+        position += 8 * count
+    for name, (rows, width) in sorted(values.items()):
+        count = rows.ends[-1]
+        shape = [count] if width == 1 else [count, width]
+        header[name] = {"dtype": "I32", "shape": shape, "data_offsets": [position, position + 4 * count * width]}
+        position += 4 * count * width
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # the format wants the data to begin at a multiple of eight
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for _, rows in sorted(offsets.items()):
+            file.write(rows.ends.tobytes())
+        for _, (rows, _) in sorted(values.items()):
+            rows.copy_to(file)
 
 
 def map_arrays(path: Path) -> dict[str, Array]:

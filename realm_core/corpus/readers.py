@@ -1,140 +1,151 @@
-"""Documents from files, one at a time. Whatever is wrong with a line is said with the file and the line number."""
+"""Documents from text files, one at a time. Whatever is wrong with a line is said with the file and the line number.
 
-import gzip
+A reader is a function (path, on_error, tally) -> documents. With on_error="fail" the first bad record raises DataError;
+with "skip" bad records are counted in `tally.dropped` by kind. A damaged file, or one without any document, is always an
+error. Repeated ids are found later, when the documents are dealt out to shards.
+"""
+
 import html
 import json
-import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from realm_core.corpus.documents import (
+    BadLine,
+    Document,
+    NoArticle,
+    Tally,
+    bad_record,
+    checked_text,
+    document_of,
+    is_list_page,
+    string_field,
+    text_digest,
+    title_kind,
+)
+from realm_core.corpus.files import LONGEST_LINE, numbered_lines
 from realm_core.errors import ConfigError, DataError
+
+__all__ = [
+    "BadLine",
+    "Document",
+    "checked_text",
+    "is_list_page",
+    "read_dpr",
+    "read_jsonl",
+    "read_records",
+    "read_wikiextractor",
+    "string_field",
+    "tab_cells",
+    "text_digest",
+]
 
 Record = TypeVar("Record")
 
 
-@dataclass(frozen=True)
-class Document:
-    """One page or article. `doc_id` is unique within a corpus and stable from one version to the next."""
+def read_jsonl(path: str | Path, on_error: str = "fail", tally: Tally | None = None) -> Iterator[Document]:
+    """Stream documents {"id"?, "title", "text"} from a .jsonl file (.gz, .bz2 too); other fields are ignored.
 
-    doc_id: str
-    title: str
-    text: str
-
-
-class BadLine(Exception):
-    """One line that cannot be used; the kind names the counter it goes to."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-
-def text_digest(*parts: str) -> str:
-    """32 hexadecimal digits that identify a sequence of strings."""
-    return sha256("".join(f"{len(part)}\n{part}" for part in parts).encode("utf-8", "replace")).hexdigest()[:32]
-
-
-def read_jsonl(path: str | Path, on_error: str = "fail", counts: Counter[str] | None = None) -> Iterator[Document]:
-    """Stream documents {"id"?, "title", "text"} from a .jsonl or .jsonl.gz file; other fields are ignored.
-
-    A missing id becomes the digest of title and text. With on_error="fail" the first bad line raises DataError with
-    `path:line`; with "skip" bad lines are counted in `counts` by kind (bad_json, missing_field, wrong_type,
-    duplicate_id, bad_text). A file without any document, or a damaged gzip file, is always an error.
+    Kinds of bad lines: bad_json, missing_field, wrong_type, bad_text, too_long.
     """
-    counts = Counter() if counts is None else counts
-    seen: set[str] = set()
-
-    def document(record: dict[str, Any]) -> Document:
-        title, text = string_field(record, "title"), string_field(record, "text")
-        made = Document(_identifier(record, title, text), title, text)
-        if made.doc_id in seen:
-            what = "same title and text" if record.get("id") is None else f"id {made.doc_id!r}"
-            raise BadLine("duplicate_id", f"the {what} occurred before; every document needs an id of its own")
-        seen.add(made.doc_id)
-        return made
-
-    yield from read_records(path, document, on_error, counts)
-    if not seen:
-        raise DataError(f"{path}: no documents; expected one JSON object with title and text a line")
+    yield from _documents(path, on_error, tally, lambda record, place: document_of(record, place))
 
 
-def read_wikiextractor(
-    path: str | Path, on_error: str = "fail", counts: Counter[str] | None = None
-) -> Iterator[Document]:
+def read_wikiextractor(path: str | Path, on_error: str = "fail", tally: Tally | None = None) -> Iterator[Document]:
     """JSON lines as WikiExtractor writes them: list-like pages are dropped and HTML entities of the text resolved.
 
-    Original code: language/orqa, wiki preprocessor. Dropped pages are counted as `list_page`.
+    Original code: language/orqa, wiki preprocessor.
     """
-    counts = Counter() if counts is None else counts
-    for document in read_jsonl(path, on_error, counts):
-        if is_list_page(document.title):
-            counts["list_page"] += 1
-        else:
-            yield replace(document, text=html.unescape(document.text))
+
+    def document(record: dict[str, Any], place: str) -> Document:
+        made = document_of(record, place)
+        if kind := title_kind(made.title):
+            raise NoArticle(kind)
+        return replace(made, text=html.unescape(made.text))
+
+    yield from _documents(path, on_error, tally, document)
 
 
-Reader = Callable[..., Iterator[Document]]
-READERS: dict[str, Reader] = {"jsonl": read_jsonl, "wikiextractor": read_wikiextractor}
+def read_dpr(path: str | Path, on_error: str = "fail", tally: Tally | None = None) -> Iterator[Document]:
+    """Passages of DPR's psgs_w100.tsv (Karpukhin et al. 2020): tab-separated id, text and title, quoted like CSV.
 
-
-def is_list_page(title: str) -> bool:
-    """Lists, indexes, outlines and disambiguation pages, by their title (original code: language/orqa)."""
-    return bool(re.match(r"(?:List|Index|Outline) of .+", title)) or "(disambiguation)" in title
+    Every passage is a document of its own, because passages of one article are cut at word counts, not at sentences.
+    """
+    path, tally = Path(path), tally or Tally()
+    columns: list[str] | None = None
+    found = 0
+    for number, line in numbered_lines(path):
+        try:
+            cells = tab_cells(line)
+            if columns is None:
+                columns = _dpr_columns(cells)
+                if columns == cells:
+                    continue
+            if len(cells) != len(columns):
+                raise BadLine("missing_field", f"{len(cells)} columns, expected {len(columns)}: {', '.join(columns)}")
+            document = document_of(dict(zip(columns, cells, strict=True)), f"{path}:{number}")
+        except BadLine as problem:
+            bad_record(f"{path}:{number}", problem, on_error, tally.dropped)
+            continue
+        found += 1
+        tally.documents += 1
+        yield document
+    if not found:
+        raise DataError(f"{path}: no passages; expected tab-separated id, text and title a line")
 
 
 def read_records(
     path: str | Path, parse: Callable[[dict[str, Any]], Record], on_error: str, counts: Counter[str]
 ) -> Iterator[Record]:
     """Apply `parse` to the JSON object of every line; blank lines are passed over."""
+    yield from _placed_records(Path(path), lambda record, _: parse(record), on_error, counts)
+
+
+def _placed_records(
+    path: Path, parse: Callable[[dict[str, Any], str], Record], on_error: str, counts: Counter[str]
+) -> Iterator[Record]:
     if on_error not in ("fail", "skip"):
         raise ConfigError(f"on_error={on_error!r} is unknown; choose 'fail' or 'skip'")
-    for number, line in _lines(Path(path)):
+    for number, line in numbered_lines(path):
+        place = f"{path}:{number}"
         try:
-            record = parse(_json_object(line))
+            record = parse(json_object(line), place)
         except BadLine as problem:
-            if on_error == "fail":
-                raise DataError(f"{path}:{number}: {problem}") from None
-            counts[problem.kind] += 1
+            bad_record(place, problem, on_error, counts)
+            continue
+        except NoArticle as reason:
+            counts[reason.kind] += 1
             continue
         yield record
 
 
-def string_field(record: dict[str, Any], name: str) -> str:
-    """A field that must be there and hold text."""
-    if name not in record:
-        found = ", ".join(sorted(map(str, record))) or "nothing"
-        raise BadLine("missing_field", f"the field {name!r} is missing; found {found}")
-    return checked_text(record[name], name)
+def _documents(
+    path: str | Path,
+    on_error: str,
+    tally: Tally | None,
+    parse: Callable[[dict[str, Any], str], Document],
+) -> Iterator[Document]:
+    tally = tally or Tally()
+    before = tally.dropped.total()
+    found = 0
+    for document in _placed_records(Path(path), parse, on_error, tally.dropped):
+        found += 1
+        tally.documents += 1
+        yield document
+    if not found:
+        dropped = tally.dropped.total() - before
+        raise DataError(
+            f"{path}: no documents among {dropped} lines; expected one JSON object with title and text a line"
+        )
 
 
-def checked_text(value: Any, name: str) -> str:
-    """`value` if it is text that a UTF-8 file can hold."""
-    if not isinstance(value, str):
-        raise BadLine("wrong_type", f"the field {name!r} is {type(value).__name__}, expected text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadLine("bad_text", f"the field {name!r} holds half a surrogate pair, which is no character") from None
-    return value
-
-
-def _identifier(record: dict[str, Any], title: str, text: str) -> str:
-    given = record.get("id")
-    if given is None:
-        return text_digest(title, text)
-    if isinstance(given, int) and not isinstance(given, bool):
-        return str(given)
-    if checked_text(given, "id") == "":
-        raise BadLine("wrong_type", "the field 'id' is empty; leave it out or give every document its own")
-    return str(given)
-
-
-def _json_object(line: bytes) -> dict[str, Any]:
+def json_object(line: bytes | None) -> dict[str, Any]:
+    """The JSON object of a line. Raises BadLine."""
+    if line is None:
+        raise BadLine("too_long", f"longer than {LONGEST_LINE} bytes")
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -148,16 +159,21 @@ def _json_object(line: bytes) -> dict[str, Any]:
     return value
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank, without byte order mark and line end."""
-    number = 0
+def tab_cells(line: bytes | None) -> list[str]:
+    """Cells of a tab-separated line, quoted like CSV where they must be. Raises BadLine."""
+    if line is None:
+        raise BadLine("too_long", f"longer than {LONGEST_LINE} bytes")
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
-                if line:
-                    yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged gzip file after line {number} ({error}); fetch the file again") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+        return [_unquoted(cell) for cell in line.decode("utf-8").split("\t")]
+    except UnicodeDecodeError as error:
+        raise BadLine("bad_text", f"not UTF-8 at byte {error.start} of the line") from None
+
+
+def _unquoted(cell: str) -> str:
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
+    return cell[1:-1].replace('""', '"') if quoted else cell
+
+
+def _dpr_columns(first: list[str]) -> list[str]:
+    """The columns a header names, else those of psgs_w100.tsv."""
+    return first if {"text", "title"} <= set(first) else ["id", "text", "title"]

@@ -55,6 +55,10 @@ class Shard:
         table = self._read(lambda file: file.read(columns=["block_id"]))
         return np.array(table.column(0).to_pylist(), dtype="U32")
 
+    def titles(self) -> list[str]:
+        """Titles in row order."""
+        return self._read(lambda file: file.read(columns=["title"])).column(0).to_pylist()
+
     def record(self, row: int) -> dict[str, Any]:
         """block_id, doc_id, title, text, start, stop of a row."""
         group = row // ROWS_PER_GROUP
@@ -124,6 +128,15 @@ class Corpus:
         if place == len(ordered) or ordered[place] != block_id:
             raise DataError(f"{self.folder}: no block {block_id!r}; it belongs to another version of the corpus")
         return int(order[place])
+
+    def rows_titled(self, title: str) -> list[int]:
+        """Global rows of all blocks with that title, letter by letter."""
+        return [
+            self.shard_rows(name)[row]
+            for name, shard in self.shards.items()
+            for row, found in enumerate(shard.titles())
+            if found == title
+        ]
 
     def token_ids(self, row: SupportsIndex) -> Int32[ndarray, "L"]:
         """Wordpieces of the body, without special tokens."""

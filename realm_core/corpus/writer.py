@@ -2,64 +2,43 @@
 
 A document belongs to the shard that a digest of its id names, and a shard is ordered by document id. So the bytes of
 the folder depend on nothing but the documents and the settings: not on their order, not on the number of workers; and
-a changed document changes one shard only.
+a changed document changes one shard only. First all documents are dealt out to scratch files, then shard after shard is
+packed; a killed attempt is taken up where it stopped.
 """
 
-import json
-import multiprocessing
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from hashlib import sha256
-from itertools import pairwise
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realm_core.corpus.layout import BLOCKS_FILE, ROWS_PER_GROUP, TOKENS_FILE, VOCABULARY_FILE, Ragged, write_arrays
-from realm_core.corpus.readers import Document
+from realm_core.artifacts.manifest import file_sha256
+from realm_core.corpus.documents import Document, Tally
+from realm_core.corpus.layout import (
+    BLOCKS_FILE,
+    COLUMNS,
+    ROWS_PER_GROUP,
+    TOKENS_FILE,
+    VOCABULARY_FILE,
+    RaggedFile,
+    shard_name,
+    write_arrays,
+)
+from realm_core.corpus.packing import Columns, Pack, PackSettings, Stats, packers
+from realm_core.corpus.spool import Spool, shard_of
 from realm_core.errors import ConfigError, DataError
-from realm_core.text.blocks import SPECIALS_PER_BLOCK, Block, pack_document
-from realm_core.text.spans import Tagger, make_tagger
+from realm_core.text.taggers import make_tagger
 from realm_core.text.tokenizer import Tokenizer
 
-HISTOGRAM_STEP = 32  # wordpieces
-_DOCUMENTS_PER_TASK = 32
-_SCHEMA = pa.schema(
-    [
-        ("block_id", pa.string()),
-        ("doc_id", pa.string()),
-        ("title", pa.string()),
-        ("text", pa.string()),
-        ("start", pa.int64()),
-        ("stop", pa.int64()),
-    ]
-)
+__all__ = ["shard_name", "shard_of", "write_shards"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class PackSettings:
-    """How a document is cut into blocks; lengths in wordpieces."""
-
-    limit: int = 288
-    splitter: str = "syntok"
-    tagger: str = "rules"
-    split_long: bool = True
-
-
-def shard_name(number: int) -> str:
-    """Folder name of a shard. Rows count through the shards in the order of these names."""
-    return f"shard-{number:03d}"
-
-
-def shard_of(doc_id: str, shards: int) -> int:
-    """Shard of a document: a digest of its id, so it stays where it is when the corpus grows."""
-    return int.from_bytes(sha256(doc_id.encode("utf-8", "replace")).digest()[:8], "big") % shards
+SPOOL = ".spool"
+_PARTS = 64  # files over which block identities are spread to be counted
+_SCHEMA = pa.schema([(name, pa.int64() if name in ("start", "stop") else pa.string()) for name in COLUMNS])
 
 
 def write_shards(
@@ -73,195 +52,187 @@ def write_shards(
     tagger: str = "rules",
     split_long: bool = True,
     workers: int = 1,
+    on_error: str = "fail",
+    tally: Tally | None = None,
+    record: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Pack, tokenise and tag the documents into `out`; returns the report.
 
-    Report: documents, blocks, duplicate_blocks (same title and text as an earlier row; kept, as in the original code),
-    spans, blocks_without_span, dropped {reason: documents}, notes {sentences_split, titles_cut, …},
-    block_lengths {lower end of a 32-wordpiece bin, specials included: blocks}, tagger {name, version}, shards
-    {name: blocks}. Memory holds one shard at a time. Raises DataError for a repeated document id or when no block
-    remains, ConfigError for impossible settings.
+    Report: pages, redirects, documents, articles, dropped {reason: pages}, blocks, duplicate_blocks (same title and text
+    as another block; kept, as in the original code), sentences, spans, span_labels, blocks_without_span, notes
+    {sentences_split, titles_cut, …}, input {what the reader noted}, block_lengths {lower end of a 32-wordpiece bin,
+    specials included: blocks}, tagger {name, version}, shards {name: blocks}. `tally` is what the reader of `documents`
+    fills; `record` receives seconds and rates, which differ from run to run.
+
+    Memory does not depend on the number of documents. An attempt that was killed leaves `out/.spool`; the same call
+    takes it up, an interrupted reading from the start, finished shards not at all. Raises DataError for a repeated
+    document id (on_error="fail") or when no block remains, ConfigError for impossible settings.
     """
     if shards < 1 or workers < 1:
         raise ConfigError(f"shards={shards}, workers={workers}: both must be at least 1")
     settings = PackSettings(limit=limit, splitter=splitter, tagger=tagger, split_long=split_long)
     chosen = make_tagger(tagger)  # before any work: it may be missing
+    tally, record = tally or Tally(), {} if record is None else record
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / VOCABULARY_FILE)
-    spool = out / ".spool"
-    shutil.rmtree(spool, ignore_errors=True)  # what a killed attempt left
-    spool.mkdir()
-    totals = _Totals()
-    sizes: dict[str, int] = {}
+    spool = Spool(out / SPOOL, shards)
+    began = time.perf_counter()
     try:
-        totals.documents = _spool(documents, spool, shards)
-        with _packers(tokenizer, settings, chosen, workers) as pack:
+        spool.fill(documents, tally)
+        read = time.perf_counter()
+        total, fresh, sizes = Stats(), Stats(), dict[str, int]()
+        with packers(tokenizer, settings, chosen, workers) as pack:
             for number in range(shards):
-                columns = _Columns()
-                for block in pack(_spooled(spool / shard_name(number)), totals):
-                    columns.add(block)
-                    totals.add(block)
-                columns.write(out / shard_name(number))
-                sizes[shard_name(number)] = len(columns.records["block_id"])
-    finally:
-        shutil.rmtree(spool, ignore_errors=True)
-    if not totals.blocks:
-        raise DataError(f"none of {totals.documents} documents gave a block; they are empty: {dict(totals.dropped)}")
+                name = shard_name(number)
+                stats = _finished(spool, number, out / name)
+                if stats is None:
+                    stats = _write_shard(spool, number, out / name, pack, on_error)
+                    fresh.add(stats)
+                total.add(stats)
+                sizes[name] = stats.blocks
+        if not total.blocks:
+            raise DataError(
+                f"none of {tally.documents} documents gave a block; they are empty: {dict(total.dropped + tally.dropped)}"
+            )
+        duplicates = _duplicates([out / name / BLOCKS_FILE for name in sizes], out / SPOOL)
+    except DataError:
+        shutil.rmtree(out / SPOOL, ignore_errors=True)  # a second attempt would meet the same data
+        raise
+    shutil.rmtree(out / SPOOL)
+    record |= _rates(fresh, read - began, time.perf_counter() - read, workers)
+    record["resumed_blocks"] = total.blocks - fresh.blocks
     return {
-        **totals.report(),
+        **_report(tally, total),
+        "duplicate_blocks": duplicates,
         "tagger": {"name": chosen.name, "version": chosen.version},
         "shards": dict(sorted(sizes.items())),
     }
 
 
-class _Totals:
-    """What the report counts."""
-
-    def __init__(self) -> None:
-        self.documents = self.blocks = self.duplicates = self.spans = self.without_span = 0
-        self.dropped: Counter[str] = Counter()
-        self.notes: Counter[str] = Counter()
-        self.lengths: Counter[int] = Counter()
-        self.seen: set[bytes] = set()
-
-    def add(self, block: Block) -> None:
-        """Count a block of any shard."""
-        identity = bytes.fromhex(block.block_id)
-        self.blocks += 1
-        self.duplicates += identity in self.seen
-        self.seen.add(identity)
-        self.spans += len(block.spans)
-        self.without_span += not block.spans
-        length = SPECIALS_PER_BLOCK + len(block.title_ids) + len(block.token_ids)
-        self.lengths[length // HISTOGRAM_STEP * HISTOGRAM_STEP] += 1
-
-    def report(self) -> dict[str, Any]:
-        return {
-            "documents": self.documents,
-            "blocks": self.blocks,
-            "duplicate_blocks": self.duplicates,
-            "spans": self.spans,
-            "blocks_without_span": self.without_span,
-            "dropped": dict(sorted(self.dropped.items())),
-            "notes": {name: count for name, count in sorted(self.notes.items()) if count},
-            "block_lengths": {str(low): count for low, count in sorted(self.lengths.items())},
-        }
+def _finished(spool: Spool, number: int, folder: Path) -> Stats | None:
+    """Counts of a shard that an earlier attempt wrote, if its files are what they were."""
+    if (done := spool.finished(number)) is None:
+        return None
+    sound = all((folder / name).is_file() and file_sha256(folder / name) == sha for name, sha in done["files"].items())
+    return Stats.from_json(done["stats"]) if sound else None
 
 
-def _spool(documents: Iterable[Document], spool: Path, shards: int) -> int:
-    """Deal the documents out to one file a shard; returns how many there were."""
-    count = 0
-    with ExitStack() as stack:
-        paths = [spool / shard_name(number) for number in range(shards)]
-        files = [stack.enter_context(path.open("w", encoding="ascii")) for path in paths]
-        for document in documents:
-            record = [document.doc_id, document.title, document.text]
-            files[shard_of(document.doc_id, shards)].write(json.dumps(record) + "\n")
-            count += 1
-    return count
+def _write_shard(spool: Spool, number: int, folder: Path, pack: Pack, on_error: str) -> Stats:
+    total = Stats()
+    writer = _ShardWriter(folder)
+    try:
+        for columns, stats in pack(spool.documents(number, on_error, total.dropped)):
+            writer.add(columns)
+            total.add(stats)
+        writer.finish()
+    finally:
+        writer.close()
+    files = {name: file_sha256(folder / name) for name in (BLOCKS_FILE, TOKENS_FILE)}
+    spool.finish(number, {"stats": total.to_json(), "files": files})
+    return total
 
 
-def _spooled(path: Path) -> list[Document]:
-    with path.open(encoding="ascii") as file:
-        documents = sorted((Document(*json.loads(line)) for line in file), key=lambda document: document.doc_id)
-    for first, second in pairwise(documents):
-        if first.doc_id == second.doc_id:
-            raise DataError(
-                f"document id {first.doc_id!r} occurs more than once in the corpus "
-                f"(titles {first.title!r} and {second.title!r}); ids must be unique"
-            )
-    return documents
+class _ShardWriter:
+    """Writes a shard as its blocks come; holds one row group and the offsets."""
 
-
-@contextmanager
-def _packers(tokenizer: Tokenizer, settings: PackSettings, tagger: Tagger, workers: int) -> Iterator[Any]:
-    """A function (documents, totals) -> blocks in the order of the documents, on one process or several."""
-    with ExitStack() as stack:
-        executor: Executor | None = None
-        if workers > 1:
-            # spawn, not fork: the caller may run threads (torch, the tokenizer), which a fork would copy half-alive
-            executor = stack.enter_context(
-                ProcessPoolExecutor(
-                    workers,
-                    mp_context=multiprocessing.get_context("spawn"),
-                    initializer=_start_worker,
-                    initargs=(tokenizer.vocab, tokenizer.lowercase, settings),
-                )
-            )
-
-        def pack(documents: Sequence[Document], totals: _Totals) -> Iterator[Block]:
-            tasks = [
-                documents[low : low + _DOCUMENTS_PER_TASK] for low in range(0, len(documents), _DOCUMENTS_PER_TASK)
-            ]
-            results = (
-                executor.map(_pack_in_worker, tasks)
-                if executor
-                else (_pack_all(task, tokenizer, settings, tagger) for task in tasks)
-            )
-            for blocks, dropped, notes in results:
-                totals.dropped.update(dropped)
-                totals.notes.update(notes)
-                yield from blocks
-
-        yield pack
-
-
-Packed = tuple[list[Block], Counter[str], Counter[str]]
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(vocab: list[str], lowercase: bool, settings: PackSettings) -> None:
-    _worker.update(tokenizer=Tokenizer(vocab, lowercase), settings=settings, tagger=make_tagger(settings.tagger))
-
-
-def _pack_in_worker(documents: Sequence[Document]) -> Packed:
-    return _pack_all(documents, _worker["tokenizer"], _worker["settings"], _worker["tagger"])
-
-
-def _pack_all(documents: Sequence[Document], tokenizer: Tokenizer, settings: PackSettings, tagger: Tagger) -> Packed:
-    blocks: list[Block] = []
-    dropped: Counter[str] = Counter()
-    notes: Counter[str] = Counter()
-    for document in documents:
-        made = pack_document(document, tokenizer, settings.limit, settings.splitter, tagger, settings.split_long, notes)
-        if not made:
-            dropped["no_wordpieces" if document.text.strip() else "empty_text"] += 1
-        blocks.extend(made)
-    return blocks, dropped, notes
-
-
-class _Columns:
-    """The blocks of one shard, in compact form, until they are written."""
-
-    def __init__(self) -> None:
-        self.records: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-        self.tokens, self.titles, self.sentence_starts = Ragged(), Ragged(), Ragged()
-        self.sentence_ranges, self.spans = Ragged(2), Ragged(2)
-
-    def add(self, block: Block) -> None:
-        for name, values in self.records.items():
-            values.append(getattr(block, name))
-        self.tokens.append(block.token_ids)
-        self.titles.append(block.title_ids)
-        self.sentence_starts.append(block.sentence_starts)
-        self.sentence_ranges.append(block.sentences)
-        self.spans.append(block.spans)
-
-    def write(self, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left
         folder.mkdir()
-        table = pa.Table.from_pydict(self.records, schema=_SCHEMA)
-        path = folder / BLOCKS_FILE
-        pq.write_table(table, path, row_group_size=ROWS_PER_GROUP, compression="zstd", use_dictionary=False)
-        arrays = {
-            "tokens": self.tokens.values,
-            "token_offsets": self.tokens.offsets,
-            "title_tokens": self.titles.values,
-            "title_offsets": self.titles.offsets,
-            "sentence_starts": self.sentence_starts.values,
-            "sentence_ranges": self.sentence_ranges.values,
-            "sentence_offsets": self.sentence_starts.offsets,
-            "span_bounds": self.spans.values,
-            "span_offsets": self.spans.offsets,
+        self._folder = folder
+        self._rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        self._parquet = pq.ParquetWriter(folder / BLOCKS_FILE, _SCHEMA, compression="zstd", use_dictionary=False)
+        names = ("tokens", "title_tokens", "sentence_starts", "sentence_ranges", "span_bounds")
+        self._flat = {name: RaggedFile(folder / f".{name}") for name in names}
+
+    def add(self, columns: Columns) -> None:
+        """Append blocks."""
+        for name, values in columns.records.items():
+            self._rows[name].extend(values)
+        flat = (columns.tokens, columns.titles, columns.sentence_starts, columns.sentence_ranges, columns.spans)
+        for file, rows in zip(self._flat.values(), flat, strict=True):
+            file.extend(rows)
+        while len(self._rows["block_id"]) >= ROWS_PER_GROUP:
+            self._write_group(ROWS_PER_GROUP)
+
+    def finish(self) -> None:
+        """Write what is left and the token file."""
+        if self._rows["block_id"]:
+            self._write_group(ROWS_PER_GROUP)
+        self._parquet.close()
+        flat = self._flat
+        offsets = {
+            "token_offsets": flat["tokens"],
+            "title_offsets": flat["title_tokens"],
+            "sentence_offsets": flat["sentence_starts"],
+            "span_offsets": flat["span_bounds"],
         }
-        write_arrays(folder / TOKENS_FILE, arrays)
+        widths = {"sentence_ranges": 2, "span_bounds": 2}
+        write_arrays(self._folder / TOKENS_FILE, offsets, {n: (file, widths.get(n, 1)) for n, file in flat.items()})
+
+    def close(self) -> None:
+        """Release the files, also after an error."""
+        self._parquet.close()
+        for file in self._flat.values():
+            file.drop()
+
+    def _write_group(self, rows: int) -> None:
+        table = pa.Table.from_pydict({name: values[:rows] for name, values in self._rows.items()}, schema=_SCHEMA)
+        self._parquet.write_table(table, row_group_size=rows)
+        for values in self._rows.values():
+            del values[:rows]
+
+
+def _duplicates(paths: Iterable[Path], scratch: Path) -> int:
+    """Blocks whose identity another block has already. Counted by parts, so that memory holds a fraction of them."""
+    parts: list[bytearray] = [bytearray() for _ in range(_PARTS)]
+    scratch.mkdir(exist_ok=True)
+    files = [scratch / f"identities-{number:02d}" for number in range(_PARTS)]
+    for file in files:
+        file.unlink(missing_ok=True)
+    for path in paths:
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(columns=["block_id"]):
+                for identity in batch.column(0).to_pylist():
+                    raw = bytes.fromhex(identity)
+                    parts[raw[0] % _PARTS] += raw
+        for file, part in zip(files, parts, strict=True):
+            with file.open("ab") as target:
+                target.write(part)
+            part.clear()
+    return sum(_repeated(file) for file in files)
+
+
+def _repeated(path: Path) -> int:
+    identities = np.fromfile(path, dtype="V16")
+    return len(identities) - len(set(identities.tolist()))
+
+
+def _report(tally: Tally, total: Stats) -> dict[str, Any]:
+    dropped = tally.dropped + total.dropped
+    return {
+        "pages": tally.pages,
+        "redirects": tally.redirects,
+        "documents": tally.documents,
+        "articles": total.articles,
+        "dropped": dict(sorted(dropped.items())),
+        "blocks": total.blocks,
+        "sentences": total.sentences,
+        "spans": total.spans,
+        "span_labels": dict(sorted(total.labels.items())),
+        "blocks_without_span": total.blocks_without_span,
+        "notes": {name: count for name, count in sorted(total.notes.items()) if count},
+        "input": dict(sorted(tally.notes.items())),
+        "block_lengths": dict(sorted(total.lengths.items(), key=lambda item: int(item[0]))),
+    }
+
+
+def _rates(total: Stats, reading: float, packing: float, workers: int) -> dict[str, Any]:
+    tagging = total.tagging_seconds
+    return {
+        "workers": workers,
+        "reading_seconds": round(reading, 3),
+        "packing_seconds": round(packing, 3),
+        "tagging_seconds": round(tagging, 3),  # of all workers together
+        "sentences_per_second": round(total.sentences / max(packing, 1e-9), 1),
+        "tagged_sentences_per_second": round(total.sentences / tagging, 1) if tagging else None,  # of one worker
+    }

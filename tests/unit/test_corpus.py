@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from realm_core.corpus.readers import READERS, Document, read_jsonl, read_wikiextractor
+from realm_core.corpus.documents import Document, Tally
+from realm_core.corpus.readers import read_jsonl, read_wikiextractor
 from realm_core.corpus.shards import Corpus, write_shards
 from realm_core.corpus.writer import shard_of
 from realm_core.errors import ArtifactError, ConfigError, DataError
@@ -58,8 +59,6 @@ GOOD = {"id": "a", "title": "A", "text": "One."}
         ('{"id": "b", "title": null, "text": "x"}', "wrong_type", "'title' is NoneType"),
         ('{"id": ["b"], "title": "B", "text": "x"}', "wrong_type", "'id' is list"),
         ('{"id": "", "title": "B", "text": "x"}', "wrong_type", "'id' is empty"),
-        ('{"id": "a", "title": "B", "text": "x"}', "duplicate_id", "'a' occurred before"),
-        ('{"title": "N", "text": "no id"}', "duplicate_id", "the same title and text occurred before"),
         ('{"id": "b", "title": "B", "text": "\\ud83d"}', "bad_text", "half a surrogate"),
     ],
 )
@@ -67,10 +66,11 @@ def test_a_bad_line_is_named_or_counted(tmp_path: Path, line: str, kind: str, re
     path = lines(tmp_path / "c.jsonl", GOOD, {"title": "N", "text": "no id"}, "", line, {**GOOD, "id": "z"})
     with pytest.raises(DataError, match=rf"c\.jsonl:4: .*{reason}"):
         list(read_jsonl(path))
-    counts: Counter[str] = Counter()
-    first, _, last = read_jsonl(path, "skip", counts)
-    assert (first.doc_id, last.doc_id) == ("a", "z")
-    assert counts == {kind: 1}
+    tally = Tally()
+    first, _, last = read_jsonl(path, "skip", tally)
+    assert (first.doc_id, last.doc_id, last.place) == ("a", "z", f"{path}:5")
+    assert tally.dropped == {kind: 1}
+    assert (tally.documents, tally.pages) == (3, 4)
 
 
 def test_bytes_that_are_not_utf8_are_a_bad_line(tmp_path: Path) -> None:
@@ -117,10 +117,10 @@ def test_an_empty_or_absent_corpus_is_an_error(tmp_path: Path) -> None:
 def test_wikiextractor_lines_lose_list_pages_and_entities(tmp_path: Path) -> None:
     titles = ["List of kings", "Rome (disambiguation)", "Rome"]
     path = lines(tmp_path / "w.jsonl", *({"id": t, "title": t, "text": "a &lt;b&gt; &amp; c"} for t in titles))
-    counts: Counter[str] = Counter()
-    assert list(read_wikiextractor(path, counts=counts)) == [Document("Rome", "Rome", "a <b> & c")]
-    assert counts["list_page"] == 2
-    assert READERS["wikiextractor"] is read_wikiextractor
+    tally = Tally()
+    assert list(read_wikiextractor(path, tally=tally)) == [Document("Rome", "Rome", "a <b> & c")]
+    assert tally.dropped == {"list_page": 1, "disambiguation": 1}
+    assert tally.pages == 3
 
 
 def test_blocks_know_their_place_in_the_document_and_their_spans(tokenizer: Tokenizer) -> None:

@@ -256,9 +256,3 @@ def test_a_test_tenth_leaves_the_dev_questions_alone() -> None:
     assert [a == "dev" for a in plain] == [b == "dev" for b in tenth]
     assert 200 < tenth.count("test") < 340
     assert plain.count("test") == 0
-
-
-def test_the_split_rule_without_its_package_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "farmhash", None)
-    with pytest.raises(ConfigError, match="pyfarmhash"):
-        split_of("who?")

@@ -98,7 +98,10 @@ def test_the_manifest_of_a_corpus_names_the_digest_of_every_shard(tiny_home: Sto
     [
         ('{"title": "A", "text": "One."}\n{"title": "B"\n', r"documents\.jsonl:2: not JSON"),
         ('{"title": "A", "text": "One."}\n\n{"title": "B"}\n', r"documents\.jsonl:3: the field 'text' is missing"),
-        ('{"title": "A", "text": "One."}\n{"title": "A", "text": "One."}\n', r"documents\.jsonl:2: .*occurred before"),
+        (
+            '{"title": "A", "text": "One."}\n{"title": "A", "text": "One."}\n',
+            r"documents\.jsonl:2: .*occurs more than once",
+        ),
         ("", r"documents\.jsonl: no documents"),
         ("\n\n", r"documents\.jsonl: no documents"),
         ('{"title": "A", "text": ""}\n', "none of 1 documents gave a block"),
@@ -124,8 +127,11 @@ def test_wrong_lines_are_counted_where_the_settings_skip_them(tmp_path: Path) ->
 
 
 def test_a_corpus_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    for place in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(DataError, match="no such corpus file; pass a JSON-lines file with title and text"):
+    for place, found in (
+        (tmp_path / "absent.jsonl", "no such corpus file or folder"),
+        (tmp_path, "no file whose name"),
+    ):
+        with pytest.raises(DataError, match=found):
             corpus.run(set_config(), source=place, out=tmp_path / "out", sink=SINK)
 
 

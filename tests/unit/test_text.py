@@ -7,7 +7,8 @@ import pytest
 
 from realm_core.errors import ConfigError, DataError
 from realm_core.text.sentences import split_sentences
-from realm_core.text.spans import RuleTagger, make_tagger, merge_spans, tokens_within
+from realm_core.text.spans import RuleTagger, merge_spans, tokens_within
+from realm_core.text.taggers import make_tagger
 from realm_core.text.tokenizer import SPECIAL_TOKENS, Tokenizer, build_vocabulary
 
 WORDS = ["the", "cafe", "un", "##believ", "##able", "river", "中", "国", ",", ".", "[", "]", "mask", "sep"]
