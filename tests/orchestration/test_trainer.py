@@ -79,10 +79,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, steps: int, every: int) -
     return store.home
 
 
+@pytest.fixture(autouse=True)
+def no_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making MLflow's database takes longer than these tests; training goes on without it, as it must."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
+
+
 @pytest.fixture
-def waiting(endless: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def waiting(endless: Path, tmp_path: Path) -> Iterator[Store]:
     """A home without a live index: its trainer starts and then waits for one. Nothing is left of it afterwards."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield from lent(endless, tmp_path)
 
 
@@ -94,8 +99,8 @@ def training(waiting: Store) -> Store:
 
 
 @pytest.fixture
-def short(of_100_steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def short(of_100_steps: Path, tmp_path: Path) -> Iterator[Store]:
+    """A home with 100 steps to go."""
     yield from lent(of_100_steps, tmp_path)
 
 

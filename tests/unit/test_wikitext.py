@@ -83,5 +83,5 @@ def test_time_grows_with_the_length_of_a_hostile_page_and_not_with_its_square(un
         is_redirect(page)
         return time.process_time() - began
 
-    # A quadratic step takes some 300 times as long here; the libraries that were tried need half a minute.
-    assert seconds(100_000) < 1.0
+    # A quadratic step takes a hundred times as long here; the libraries that were tried need half a minute.
+    assert seconds(100_000) < 3.0
