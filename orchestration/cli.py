@@ -1,6 +1,7 @@
 """The installed `realm`: the library's commands, and those that run the operation."""
 
 import json
+import sys
 import time
 from contextlib import ExitStack
 from importlib.resources import as_file, files
@@ -67,19 +68,19 @@ def up(
     services.require_free(port, "the Dagster UI")
     services.require_free(mlflow_port, "MLflow")
     with ExitStack() as stack:
-        started = []
-        for start in (
-            lambda: services.daemon(home),
-            lambda: services.webserver(home, port),
-            lambda: services.mlflow_server(home, mlflow_port),
-        ):
-            started.append(start())
-            stack.enter_context(services.running(started[-1]))
+        daemon = services.KeptDaemon(home)
+        stack.enter_context(services.running(daemon))
+        pages = []
+        for start in (lambda: services.webserver(home, port), lambda: services.mlflow_server(home, mlflow_port)):
+            pages.append(start())
+            stack.enter_context(services.running(pages[-1]))
         print(f"Dagster  http://{services.LOOPBACK}:{port}\nMLflow   http://{services.LOOPBACK}:{mlflow_port}")
         print(f"home     {home.resolve()}, logs in {home / 'logs'}; Ctrl-C ends all", flush=True)
         while True:
-            for service in started:
-                service.require_alive()
+            if news := daemon.keep():
+                print(news, file=sys.stderr, flush=True)
+            for page in pages:
+                page.require_alive()
             time.sleep(1)
 
 

@@ -95,7 +95,10 @@ def _loop(store: Store, instance: dg.DagsterInstance) -> None:
     for key in dict.fromkeys((checkpoint_key(RUN, 0), store.require_live().index)):
         _say(f"fine-tune and score on {key}")
         select = "qa_reader,qa_result"
-        execute(home, instance, ["dagster", "asset", "materialize", "--select", select, "--partition", key])
+        try:
+            execute(home, instance, ["dagster", "asset", "materialize", "--select", select, "--partition", key])
+        except RealmError as problem:  # a start too weak to be tuned costs its row of the report, not the report
+            _say(f"warning: no reader on {key}: {problem}")
 
 
 def execute(home: Path, instance: dg.DagsterInstance, command: list[str]) -> None:
@@ -150,7 +153,7 @@ def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.KeptDae
                 f"the trainer died; see {store.trainer(RUN) / trainer.LOG}, then run the same command again"
             )
         if outcome is not None:
-            if _settled(store, instance, store.names("checkpoints")[-1]):
+            if _settled(store, instance, store.checkpoints(RUN)[-1]):
                 return
             # A refresh takes as long as the corpus is large; only a loop in which nothing happens is given up.
             deadline = time.monotonic() + _IDLE_SECONDS if deadline is None or _refreshing(instance) else deadline

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from orchestration.lease import Lease
 from orchestration.resources.tracking import default_uri
+from realm_core.artifacts.publish import write_durably
 from realm_core.errors import ArtifactError, BusyError, RealmError
 
 LOOPBACK = "127.0.0.1"
@@ -44,7 +45,7 @@ def prepare(home: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         settings = folder / "dagster.yaml"
         if not settings.exists():
-            settings.write_text(_DAGSTER_YAML, encoding="utf-8")
+            write_durably(settings, _DAGSTER_YAML)
         (home / "logs").mkdir(exist_ok=True)
     except OSError as error:
         raise ArtifactError(f"{home}: cannot be written ({error.strerror}); choose another --home") from None

@@ -299,8 +299,9 @@ def summary(manifest: Manifest) -> dict[str, Any]:
 
 def run(application: typer.Typer) -> None:
     """Run a command line; an operator's error is one line on standard error and exit code 2."""
-    # A service manager ends commands with SIGTERM; they clean up as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # A service manager ends commands with SIGTERM, a closed terminal with SIGHUP; they clean up as after Ctrl-C.
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started us with SIGINT ignored
     try:
         code = application(standalone_mode=False)

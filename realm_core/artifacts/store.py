@@ -29,12 +29,20 @@ SCHEMA = 1
 VERSIONED = ("corpus", "questions", "ict", "sparse_readers")
 BY_CHECKPOINT = ("checkpoints", "snapshots", "indexes", "verdicts", "evaluations", "readers", "results")
 _VERSION = re.compile(r"^v\d{4,}$")
+_RUN = re.compile(r"[a-z0-9][a-z0-9_]*")
 _KEY = re.compile(r"^(?P<run>[a-z0-9][a-z0-9_]*)-s(?P<step>\d{7})$")
 
 
 def checkpoint_key(run: str, step: int) -> str:
     """Name of a checkpoint and of everything made from it; sorts by step within a run."""
-    return f"{run}-s{step:07d}"
+    return f"{require_run_name(run)}-s{step:07d}"
+
+
+def require_run_name(run: str) -> str:
+    """The name itself. Raises ConfigError unless it can stand in a checkpoint key and as a folder."""
+    if not _RUN.fullmatch(run):
+        raise ConfigError(f"{run!r}: not a name of a training run; use lower-case letters, digits and _")
+    return run
 
 
 def parse_key(key: str) -> tuple[str, int]:
@@ -199,7 +207,7 @@ class Store:
         return sorted(folders | {parse_key(key)[0] for key in self.names("checkpoints")})
 
     def trainer(self, run: str) -> Path:
-        return self.home / "trainer" / run
+        return self.home / "trainer" / require_run_name(run)
 
     # --- the pointer ---------------------------------------------------------------------------------------------
 

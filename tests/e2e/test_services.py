@@ -1,7 +1,6 @@
 """`realm up`: two web interfaces and a daemon on loopback, until Ctrl-C."""
 
 import json
-import signal
 import socket
 from contextlib import closing
 from typing import Any
@@ -85,14 +84,19 @@ def test_a_home_that_is_none_is_refused(home: Home) -> None:
     assert not home.path.exists()
 
 
-def test_a_service_that_dies_ends_the_others(
+def test_a_daemon_that_dies_is_replaced_and_a_page_that_dies_ends_all(
     finished: tuple[Home, dict[str, Any]], free_ports: tuple[int, int]
 ) -> None:
     home, _ = finished
     up = home.start("up", "--port", str(free_ports[0]), "--mlflow-port", str(free_ports[1]))
     daemon = home.wait_for(lambda: services.daemon_process(home.path), "no daemon", up)
-    home.wait_for(lambda: len(home.processes()) >= 4, "the web interfaces did not start", up)
-    psutil.Process(daemon).send_signal(signal.SIGKILL)
+    psutil.Process(daemon).kill()
+    home.wait_for(lambda: services.daemon_process(home.path) not in (None, daemon), "no new daemon", up)
+    page = home.wait_for(
+        lambda: [process for process, line in home.living() if "dagster_webserver" in line], "no page", up
+    )
+    page[0].kill()
     assert up.wait(timeout=120) == 2
-    assert home.last_error().startswith("error: daemon ended with code -9; see ")
+    assert "daemon ended with code -9; see " in home.errors.read_text()
+    assert home.last_error().startswith("error: webserver ended with code -9; see ")
     assert home.processes() == []
