@@ -103,7 +103,7 @@ def test_the_text_form_shows_shards_code_settings_and_sources(tiny_home: Store) 
         assert f"{name} {digest[:12]}" in shown
     assert f"stage corpus code {manifest.code}, settings {manifest.config_digest[:12]}" in shown
     assert f"from checkpoint checkpoints/{LATER}, corpus corpus/v0001, snapshot snapshots/{LATER}" in shown
-    assert f"from documents {manifest.sources['documents'][:12]}" in shown
+    assert f"documents {manifest.sources['documents'][:12]}" in shown
 
 
 def test_the_text_form_names_the_dagster_and_tracker_runs(
