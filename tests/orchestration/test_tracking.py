@@ -16,7 +16,7 @@ from orchestration.resources import tracking
 from orchestration.resources.tracking import EXPERIMENT, RUN_TAG, MlflowTracker, tracker_for
 from realm_core.ports import Tracker
 
-pytestmark = pytest.mark.slow  # MLflow takes seconds to import
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # MLflow takes seconds to import
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_two_processes_write_into_one_run_and_a_new_database(tmp_path: Path) -> 
     writers = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name, "40"]) for name in ("trainer", "refresh")
     ]
-    assert [writer.wait(timeout=110) for writer in writers] == [0, 0]
+    assert [writer.wait(timeout=280) for writer in writers] == [0, 0]
     tracker = tracker_for(tmp_path)
     deadline = time.monotonic() + 10
     while list(tracker.spool.glob("*.jsonl")) and time.monotonic() < deadline:
