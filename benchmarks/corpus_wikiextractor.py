@@ -14,14 +14,17 @@ import multiprocessing
 import re
 import statistics
 import time
+import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from realm_core.corpus.documents import Document, Tally
+from realm_core.corpus.documents import Document, Tally, title_kind
 from realm_core.corpus.mediawiki import read_mediawiki
 from realm_core.corpus.packing import as_plain
+from realm_core.text.wikitext import is_disambiguation, is_redirect
 
 WORD = re.compile(r"\w+")
 NON_LATIN = re.compile("[\u0370-\u1dff\u2c00-\u2dff\u2e80-\ufaff]")  # Greek, Cyrillic, Hebrew, Arabic, CJK …
@@ -68,6 +71,7 @@ def compare(dump: Path, reference: Path) -> dict[str, Any]:
         "dropped": dict(tally.dropped),
         "articles": {"ours": len(ours), "reference": len(theirs), "both": len(both)},
         "reference_articles_found": round(len(both) / len(theirs), 4),
+        "reference_articles_left_out": dict(_reasons(dump, theirs.keys() - ours.keys())),
         "articles_only_ours": len(ours.keys() - theirs.keys()),
         "reference_words_in_ours": _share(rows, "common", "theirs"),
         "our_words_in_reference": _share(rows, "common", "ours"),
@@ -84,6 +88,31 @@ def compare(dump: Path, reference: Path) -> dict[str, Any]:
 def _reference(path: Path) -> dict[str, str]:
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         return {str(record["id"]): record["text"] for record in map(json.loads, file)}
+
+
+def _reasons(dump: Path, missing: set[str]) -> Counter[str]:
+    """Why pages of the reference are no articles here."""
+    reasons: Counter[str] = Counter()
+    with gzip.open(dump) if dump.suffix == ".gz" else dump.open("rb") as file:
+        number = title = ""
+        with suppress(ElementTree.ParseError):  # a dump that was cut
+            for _, element in ElementTree.iterparse(file):
+                name = element.tag.rpartition("}")[2]
+                if name == "title":
+                    title, number = element.text or "", ""
+                elif name == "id":
+                    number = number or element.text or ""
+                elif name == "text" and number in missing:
+                    reasons[_reason(title, element.text or "")] += 1
+                elif name == "page":
+                    element.clear()
+    return reasons
+
+
+def _reason(title: str, text: str) -> str:
+    if is_redirect(text):
+        return "redirect"
+    return title_kind(title) or ("disambiguation" if is_disambiguation(text) else "no text is left")
 
 
 def _overlap(ours: str, theirs: str) -> dict[str, int]:

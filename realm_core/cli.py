@@ -40,7 +40,9 @@ cli_compat.mount(app)
 
 @app.command()
 def questions(
-    input_: Annotated[Path, typer.Option("--input", help="Questions, one JSON object a line with question and answers.")],
+    input_: Annotated[
+        Path, typer.Option("--input", help="Questions, one JSON object a line with question and answers.")
+    ],
     out: Out,
     params: Params = None,
     profile: Profile = "demo",

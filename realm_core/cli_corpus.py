@@ -43,6 +43,9 @@ def corpus_build(
         int | None, typer.Option(help="Processes; one a processor for large files by default.", min=1)
     ] = None,
     on_error: OnError = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="A corpus folder or vocab.txt: for a second corpus that queries are drawn from.")
+    ] = None,
     params: Params = None,
     profile: Profile = "demo",
     set_: Set = None,
@@ -58,7 +61,10 @@ def corpus_build(
 
     config = load_config(params, profile, [*(set_ or ()), *([f"corpus.on_error={on_error}"] if on_error else [])])
     used = workers or _workers(Path(input_))
-    _show(corpus.run(config, source=input_, out=out, sink=NullSink(), source_format=source, workers=used), as_json)
+    manifest = corpus.run(
+        config, source=input_, out=out, sink=NullSink(), source_format=source, workers=used, vocabulary=vocabulary
+    )
+    _show(manifest, as_json)
 
 
 @corpus_app.command("show")

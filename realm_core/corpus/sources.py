@@ -68,10 +68,13 @@ class Source:
         return [entry for entry in sorted(path.iterdir()) if entry.is_file() and kind_of(entry) == wanted]
 
     def digest(self, file_sha256: Callable[[Path], str]) -> str:
-        """What the input is: the sha256 of one file, or one over those of several, or over the pinned dataset name."""
-        if self.kind == "hf":
-            return sha256(self.where.encode()).hexdigest()
+        """What the input is: the sha256 of one file, or one over those of several, or over a pinned dataset name."""
         files = self.files()
+        if self.kind == "hf":
+            folder = Path(Dataset.parse(self.where).name)
+            if not folder.is_dir():
+                return sha256(self.where.encode()).hexdigest()
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
         if len(files) == 1:
             return file_sha256(files[0])
         return sha256("".join(f"{path.name} {file_sha256(path)}\n" for path in files).encode()).hexdigest()

@@ -170,7 +170,9 @@ def _swaps(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _add_columns(target: Table, columns: Sequence[tuple[str, str, str]]) -> None:
     for heading, _, kind in columns:
-        target.add_column(heading, justify="left" if kind in ("text", "name", "digest") else "right", no_wrap=kind != "text")
+        target.add_column(
+            heading, justify="left" if kind in ("text", "name", "digest") else "right", no_wrap=kind != "text"
+        )
 
 
 def _cells(row: Mapping[str, Any], columns: Sequence[tuple[str, str, str]]) -> list[str]:

@@ -11,6 +11,7 @@ from realm_core.artifacts.manifest import Manifest, Plan, file_sha256
 from realm_core.artifacts.publish import Build, building, finished, write_durably
 from realm_core.config import Config
 from realm_core.corpus.documents import Tally
+from realm_core.corpus.layout import VOCABULARY_FILE
 from realm_core.corpus.packing import as_plain
 from realm_core.corpus.report import write_report
 from realm_core.corpus.sources import AUTO, Source
@@ -24,9 +25,9 @@ from realm_core.text.tokenizer import Tokenizer, build_vocabulary
 _PLAN = ".plan.json"  # in the scratch folder: what a killed attempt was making
 
 
-def plan(config: Config, *, source: str | Path, source_format: str = AUTO) -> Plan:
+def plan(config: Config, *, source: str | Path, source_format: str = AUTO, vocabulary: Path | None = None) -> Plan:
     """What `run` would make from `source`."""
-    return _plan(config, Source.find(source, source_format))
+    return _plan(config, Source.find(source, source_format), _vocabulary(config, vocabulary))
 
 
 def run(
@@ -37,14 +38,18 @@ def run(
     sink: MetricSink,
     source_format: str = AUTO,
     workers: int = 1,
+    vocabulary: Path | None = None,
 ) -> Manifest:
     """Read, pack, tokenise and tag. Same input and settings give the same digest on any machine, with any `workers`.
 
-    `source` is a file, a folder of files, or for the format "hf" the name of a dataset. A killed run is taken up where it
-    stopped. Raises DataError naming file and line for a malformed document, or if no block remains.
+    `source` is a file, a folder of files, or for the format "hf" the name of a dataset. The wordpieces are those of the
+    start weights; with `vocabulary`, a corpus folder or a vocab.txt, they are those: a second corpus that queries are
+    drawn from (Guu et al. 2020: news, while Wikipedia is retrieved) needs the vocabulary of the first. A killed run is
+    taken up where it stopped. Raises DataError naming file and line for a malformed document, or if no block remains.
     """
     found = Source.find(source, source_format)
-    doing = _plan(config, found)
+    pieces = _vocabulary(config, vocabulary)
+    doing = _plan(config, found, pieces)
     if done := finished(out, doing):
         return done
     settings = config.corpus
@@ -56,7 +61,7 @@ def run(
             report = write_shards(
                 found.read(settings.on_error, tally),
                 build.folder,
-                _tokenizer(config, found),
+                Tokenizer.from_file(pieces) if pieces else _own_tokenizer(config, found),
                 shards=settings.shards,
                 limit=settings.block_wordpieces,
                 splitter=settings.splitter,
@@ -82,10 +87,19 @@ def shard_digests(folder: Path, names: dict[str, int]) -> dict[str, str]:
     return {name: file_sha256(folder / name / "tokens.safetensors") for name in names}
 
 
-def _plan(config: Config, source: Source) -> Plan:
+def _vocabulary(config: Config, given: Path | None) -> Path | None:
+    """The vocabulary file to use; None where the corpus makes its own."""
+    if given is None:
+        return vocabulary_path(config.model)
+    path = given / VOCABULARY_FILE if given.is_dir() else given
+    if not path.is_file():
+        raise DataError(f"{path}: no such vocabulary; name a corpus folder or a vocab.txt")
+    return path
+
+
+def _plan(config: Config, source: Source, vocabulary: Path | None) -> Plan:
     # The kind is part of the role: the same lines mean other documents to another reader.
     sources = {"documents": source.digest(file_sha256), f"as {source.kind}": source.kind}
-    vocabulary = vocabulary_path(config.model)
     if vocabulary is not None:
         sources["vocabulary"] = file_sha256(vocabulary)
     digest = config.digest("corpus", *(() if vocabulary else ("model",)))
@@ -104,10 +118,7 @@ def _drop_foreign_files(build: Build) -> None:
     write_durably(path, mark)
 
 
-def _tokenizer(config: Config, source: Source) -> Tokenizer:
-    vocabulary = vocabulary_path(config.model)
-    if vocabulary is not None:
-        return Tokenizer.from_file(vocabulary)
+def _own_tokenizer(config: Config, source: Source) -> Tokenizer:
     return Tokenizer(build_vocabulary(_texts(config, source), config.model.vocabulary_size))
 
 

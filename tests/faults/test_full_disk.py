@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,26 @@ PLAN = Plan(stage="index", code="1", config_digest="c" * 64)
 
 
 class Disk:
-    """A disk with little room. `fill` leaves so many bytes free; `free` gives the room back."""
+    """A disk that can be made full for a while."""
 
     def __init__(self, folder: Path, mounted: bool) -> None:
         self.folder, self.mounted = folder, mounted
 
-    def fill(self, left: int) -> None:
-        if not self.mounted:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (left, resource.RLIM_INFINITY))
+    @contextmanager
+    def full(self, left: int) -> Iterator[None]:
+        """So many bytes are free inside the block. Short blocks: the limit on files holds for this process' log too."""
+        if self.mounted:
+            ballast = self.folder / "ballast"
+            ballast.write_bytes(bytes(max(0, shutil.disk_usage(self.folder).free - left)))
+            yield
+            ballast.unlink()
             return
-        with (self.folder / "ballast").open("wb") as file:
-            file.write(bytes(max(0, shutil.disk_usage(self.folder).free - left)))
-
-    def free(self) -> None:
-        if not self.mounted:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            return
-        (self.folder / "ballast").unlink(missing_ok=True)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (left, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(params=["a small disk", "a limit on the size of files"])
@@ -61,9 +65,7 @@ def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
             pytest.skip("mounting a file system is not allowed here")
     # Python ignores SIGXFSZ, so that a write over the limit is an error and no death; make sure of it.
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    disk = Disk(folder, mounted)
-    yield disk
-    disk.free()
+    yield Disk(folder, mounted)
     signal.signal(signal.SIGXFSZ, before)
     if mounted:
         subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -110,12 +112,11 @@ def test_whatever_writes_a_full_disk_is_one_clear_error_and_publishes_nothing(di
             write(made.folder)
             made.commit({})
 
-    disk.fill(left=300_000)
-    message = no_room(build)
+    with disk.full(left=300_000):
+        message = no_room(build)
     assert message.startswith(str(disk.folder / "kind")) and message.endswith("nothing was published")
     assert visible(disk.folder / "kind") == []
     assert not (disk.folder / "kind" / ".a.partial").exists()
-    disk.free()
     build()
     open_artifact(disk.folder / "kind" / "a")
 
@@ -124,8 +125,8 @@ def test_a_manifest_that_does_not_fit_publishes_nothing(disk: Disk) -> None:
     def build() -> None:
         with building(disk.folder / "kind" / "a", PLAN) as made:
             (made.folder / "file").write_text("x")
-            disk.fill(left=0)
-            made.commit({"facts": "x" * 300_000})
+            with disk.full(left=0):
+                made.commit({"facts": "x" * 300_000})
 
     no_room(build)
     assert visible(disk.folder / "kind") == []
@@ -144,11 +145,10 @@ def test_every_stage_says_so_and_works_once_there_is_room(disk: Disk, tiny_home:
             config, snapshot=snapshot, checkpoint=checkpoint, corpus=blocks, out=out / "index", sink=SINK
         ),
     }
-    disk.fill(left=8_000)
     for stage in stages.values():
-        no_room(stage)
+        with disk.full(left=8_000):
+            no_room(stage)
         assert visible(out) == []
-    disk.free()
     whole = {
         "corpus": tiny_home.manifest("corpus", "v0001"),
         "ict": tiny_home.manifest("ict", "v0001"),
@@ -176,11 +176,9 @@ def test_a_trainer_on_a_full_disk_ends_in_one_line_and_resumes_to_the_same_end(
     whole = copy_home("whole")
     train(whole)
     store = Store.open(Path(shutil.copytree(tiny_home.home, disk.folder / "home")))
-    disk.fill(left=100_000)
-    with pytest.raises(RealmError, match="disk full"):
+    with disk.full(left=100_000), pytest.raises(RealmError, match="disk full"):
         train(store)
     assert store.names("checkpoints")[-1] == LATER
-    disk.free()
     train(store)
     assert store.names("checkpoints")[-1] == checkpoint_key("r1", 12)
     for key in store.names("checkpoints"):
@@ -190,11 +188,9 @@ def test_a_trainer_on_a_full_disk_ends_in_one_line_and_resumes_to_the_same_end(
 def test_the_pointer_stays_whole_on_a_full_disk(disk: Disk, tiny_home: Store) -> None:
     store = Store.open(Path(shutil.copytree(tiny_home.home, disk.folder / "home")))
     before = (store.home / "live.json").read_text("utf-8")
-    disk.fill(left=0)
-    with pytest.raises(ArtifactError, match="disk full"):
+    with disk.full(left=0), pytest.raises(ArtifactError, match="disk full"):
         store.move_live(LATER, "digest", "checkpoint", "x" * 1_000_000, None)
     assert (store.home / "live.json").read_text("utf-8") == before
-    disk.free()
     store.move_live(LATER, "digest", "checkpoint", "now it fits", None)
     assert store.require_live().reason == "now it fits"
     rows = read_json_lines(store.home / "live.history.jsonl")
@@ -203,8 +199,7 @@ def test_the_pointer_stays_whole_on_a_full_disk(disk: Disk, tiny_home: Store) ->
 
 
 def test_a_home_is_not_half_made_on_a_full_disk(disk: Disk, tiny_home: Store, tiny_sources: dict[str, str]) -> None:
-    disk.fill(left=0)
-    no_room(lambda: Store.create(disk.folder / "home", tiny_home.config(), tiny_sources, "tiny"))
-    disk.free()
+    with disk.full(left=0):
+        no_room(lambda: Store.create(disk.folder / "home", tiny_home.config(), tiny_sources, "tiny"))
     store = Store.create(disk.folder / "home", tiny_home.config(), tiny_sources, "tiny")
     assert json.loads((store.home / "home.json").read_text("utf-8"))["profile"] == "tiny"

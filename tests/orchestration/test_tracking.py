@@ -1,10 +1,12 @@
 """MLflow behind the tracker port: a real SQLite store, a server that is not there, two processes at once."""
 
+import contextlib
 import logging
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -197,12 +199,35 @@ def test_a_full_disk_costs_rows_and_not_the_training(
     assert "is lost" in caplog.text
 
 
+def test_two_that_look_for_a_run_at_once_make_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_looked = threading.Barrier(2)
+    search = MlflowClient.search_runs
+
+    def slow_search(self: MlflowClient, *arguments: Any, **named: Any) -> Any:
+        found = search(self, *arguments, **named)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_looked.wait(timeout=1)
+        return found
+
+    monkeypatch.setattr(MlflowClient, "search_runs", slow_search)
+    trackers = [tracker_for(home) for _ in range(2)]
+    threads = [threading.Thread(target=tracker.run_id, args=("r1",)) for tracker in trackers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert trackers[0].run_id("r1") == trackers[1].run_id("r1")
+
+
 WRITER = """
 import sys
 from pathlib import Path
+from mlflow import MlflowClient
 from orchestration.resources.tracking import tracker_for
 home, name, rows = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 tracker = tracker_for(home)
+print("ready", flush=True)
+sys.stdin.readline()  # both begin at the same moment
 for step in range(rows):
     tracker.sink("r1").log(step, {name: float(step)})
 tracker.finish("r1")
@@ -212,8 +237,21 @@ tracker.finish("r1")
 def test_two_processes_write_into_one_run_and_a_new_database(tmp_path: Path) -> None:
     # Nothing exists yet: both find no database, no experiment and no run, as trainer and first refresh do.
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name, "40"]) for name in ("trainer", "refresh")
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), name, "40"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("trainer", "refresh")
     ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
     assert [writer.wait(timeout=280) for writer in writers] == [0, 0]
     tracker = tracker_for(tmp_path)
     deadline = time.monotonic() + 10

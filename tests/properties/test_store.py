@@ -19,7 +19,7 @@ from realm_core.artifacts.store import Store, checkpoint_key, parse_key
 from realm_core.config import Config, config_from, load_config
 from realm_core.errors import ArtifactError, ConfigError
 
-FEW = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TINY = load_config(None, "tiny")
 
 scalars = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=8)
@@ -131,7 +131,7 @@ def test_keys_of_a_run_sort_by_step(run: str, several: list[int]) -> None:
     ]
 
 
-@settings(FEW, max_examples=15)
+@settings(FEW, max_examples=8)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6, unique=True), st.integers(1, 3), st.data())
 def test_retention_spares_what_it_must_and_drops_the_rest(several: list[int], keep: int, data: st.DataObject) -> None:
     keys = [checkpoint_key("r1", step) for step in sorted(several)]
@@ -161,7 +161,7 @@ def test_retention_spares_what_it_must_and_drops_the_rest(several: list[int], ke
 # --- lineage ---------------------------------------------------------------------------------------------------------
 
 
-@settings(FEW, max_examples=15)
+@settings(FEW, max_examples=8)
 @given(st.lists(st.sets(st.integers(0, 5)), min_size=1, max_size=6))
 def test_the_walk_visits_exactly_the_ancestors_and_each_once(links: list[set[int]]) -> None:
     """Any acyclic world: artifact i may be made from artifacts below i."""

@@ -273,7 +273,9 @@ def test_a_malformed_line_is_named_by_its_number(
 def test_an_empty_corpus_is_refused(realm: Callable, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     outcome = realm("corpus", "build", "--input", tmp_path / "empty.jsonl", "--out", tmp_path / "c", *TINY)
-    assert "empty.jsonl: no documents among 0 lines; expected one JSON object with title and text a line" in refused(outcome)
+    assert "empty.jsonl: no documents among 0 lines; expected one JSON object with title and text a line" in refused(
+        outcome
+    )
 
 
 def test_a_corpus_of_one_block_is_too_small_to_learn_from(realm: Callable, documents: Path, tmp_path: Path) -> None:

@@ -133,6 +133,15 @@ def test_without_network_or_library_a_dataset_is_one_clear_error(monkeypatch: py
         Dataset.parse(":config")
 
 
+def test_a_local_dataset_is_what_its_files_hold(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(LINE % "a")
+    source = Source.find(tmp_path, "hf")
+    before = source.digest(file_sha256)
+    (tmp_path / "train.jsonl").write_text(LINE % "b")
+    assert source.digest(file_sha256) != before
+    assert Source("hf", "org/wiki#train@1").digest(file_sha256) != Source("hf", "org/wiki#train@2").digest(file_sha256)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
