@@ -88,16 +88,17 @@ class Columns:
         self.spans.append(block.spans)
 
 
+Task = tuple[int, list[Document]]  # a shard, and documents of it that are packed together
 Packed = tuple[Columns, Stats]
-Pack = Callable[[Iterable[Document]], Iterator[Packed]]
+Pack = Callable[[Iterable[Task]], Iterator[tuple[int, Packed]]]
 
 
 @contextmanager
 def packers(tokenizer: Tokenizer, settings: PackSettings, tagger: Tagger, workers: int) -> Iterator[Pack]:
-    """A function documents -> columns and counts, task by task in the order of the documents."""
+    """A function tasks -> (shard, columns and counts), in the order of the tasks."""
     if workers == 1:
         packer = _Packer(tokenizer, settings, tagger)
-        yield lambda documents: map(packer.pack, _tasks(documents))
+        yield lambda tasks: ((shard, packer.pack(documents)) for shard, documents in tasks)
         return
     executor = ProcessPoolExecutor(
         workers,
@@ -107,7 +108,7 @@ def packers(tokenizer: Tokenizer, settings: PackSettings, tagger: Tagger, worker
         initargs=(tokenizer.vocab, tokenizer.lowercase, settings),
     )
     try:
-        yield lambda documents: _in_order(executor, _tasks(documents), workers * _TASKS_WAITING)
+        yield lambda tasks: _in_order(executor, tasks, workers * _TASKS_WAITING)
     except BrokenProcessPool:
         raise ArtifactError(
             "a worker process died, most likely for want of memory; run again with fewer --workers: "
@@ -117,27 +118,29 @@ def packers(tokenizer: Tokenizer, settings: PackSettings, tagger: Tagger, worker
         executor.shutdown(cancel_futures=True)
 
 
-def _in_order(executor: ProcessPoolExecutor, tasks: Iterator[list[Document]], most: int) -> Iterator[Packed]:
-    waiting: deque[Future[Packed]] = deque()
-    for task in tasks:
-        waiting.append(executor.submit(_pack_in_worker, task))
+def _in_order(executor: ProcessPoolExecutor, tasks: Iterable[Task], most: int) -> Iterator[tuple[int, Packed]]:
+    waiting: deque[tuple[int, Future[Packed]]] = deque()
+    for shard, documents in tasks:
+        waiting.append((shard, executor.submit(_pack_in_worker, documents)))
         if len(waiting) >= most:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for first, future in waiting:
+        yield first, future.result()
 
 
-def _tasks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def tasks_of(shard: int, documents: Iterable[Document]) -> Iterator[Task]:
+    """The documents of a shard in portions that are worth sending to a worker."""
     task: list[Document] = []
     characters = 0
     for document in documents:
         task.append(document)
         characters += len(document.text)
         if len(task) == _TASK_DOCUMENTS or characters > _TASK_CHARACTERS:
-            yield task
+            yield shard, task
             task, characters = [], 0
     if task:
-        yield task
+        yield shard, task
 
 
 _worker: dict[str, "_Packer"] = {}

@@ -8,7 +8,8 @@ packed; a killed attempt is taken up where it stopped.
 
 import shutil
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from realm_core.corpus.layout import (
     shard_name,
     write_arrays,
 )
-from realm_core.corpus.packing import Columns, Pack, PackSettings, Stats, packers
+from realm_core.corpus.packing import Columns, Pack, Packed, PackSettings, Stats, packers, tasks_of
 from realm_core.corpus.spool import Spool, shard_of
 from realm_core.errors import ConfigError, DataError
 from realm_core.text.taggers import make_tagger
@@ -81,15 +82,15 @@ def write_shards(
         spool.fill(documents, tally)
         read = time.perf_counter()
         total, fresh, sizes = Stats(), Stats(), dict[str, int]()
+        known = {number: _finished(spool, number, out / shard_name(number)) for number in range(shards)}
         with packers(tokenizer, settings, chosen, workers) as pack:
-            for number in range(shards):
-                name = shard_name(number)
-                stats = _finished(spool, number, out / name)
+            packed = _Packed(spool, [number for number, stats in known.items() if stats is None], pack, on_error)
+            for number, stats in known.items():
                 if stats is None:
-                    stats = _write_shard(spool, number, out / name, pack, on_error)
+                    stats = _write_shard(spool, number, out / shard_name(number), packed)
                     fresh.add(stats)
                 total.add(stats)
-                sizes[name] = stats.blocks
+                sizes[shard_name(number)] = stats.blocks
         if not total.blocks:
             raise DataError(
                 f"none of {tally.documents} documents gave a block; they are empty: {dict(total.dropped + tally.dropped)}"
@@ -117,16 +118,40 @@ def _finished(spool: Spool, number: int, folder: Path) -> Stats | None:
     return Stats.from_json(done["stats"]) if sound else None
 
 
-def _write_shard(spool: Spool, number: int, folder: Path, pack: Pack, on_error: str) -> Stats:
+class _Packed:
+    """Blocks of many shards as one stream, so that no worker waits at the end of a shard."""
+
+    def __init__(self, spool: Spool, shards: list[int], pack: Pack, on_error: str) -> None:
+        self.dropped: dict[int, Counter[str]] = {number: Counter() for number in shards}
+        self._results = pack(
+            task
+            for number in shards
+            for task in tasks_of(number, spool.documents(number, on_error, self.dropped[number]))
+        )
+        self._next: tuple[int, Packed] | None = None
+
+    def of(self, shard: int) -> Iterator[Packed]:
+        """Results of the shard; shards must be asked for in their order."""
+        while True:
+            self._next = self._next or next(self._results, None)
+            if self._next is None or self._next[0] != shard:
+                return
+            _, packed = self._next
+            self._next = None
+            yield packed
+
+
+def _write_shard(spool: Spool, number: int, folder: Path, packed: _Packed) -> Stats:
     total = Stats()
     writer = _ShardWriter(folder)
     try:
-        for columns, stats in pack(spool.documents(number, on_error, total.dropped)):
+        for columns, stats in packed.of(number):
             writer.add(columns)
             total.add(stats)
         writer.finish()
     finally:
         writer.close()
+    total.dropped.update(packed.dropped[number])
     files = {name: file_sha256(folder / name) for name in (BLOCKS_FILE, TOKENS_FILE)}
     spool.finish(number, {"stats": total.to_json(), "files": files})
     return total
