@@ -11,7 +11,7 @@ export DVC_NO_ANALYTICS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui test test-fast check format dvc constraints clean
+.PHONY: help demo ui test test-fast test-long check format dvc constraints clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -23,11 +23,14 @@ demo: .venv/installed-demo ## Run the whole loop on the bundled encyclopedia
 ui: .venv/installed-demo ## Start the services and their web pages
 	$(BIN)/realm up $(ARGS)
 
-test: .venv/installed-dev ## Run every test (ARGS="-k word" narrows it)
+test: .venv/installed-dev ## Run every test but the long ones (ARGS="-k word" narrows it)
 	@$(PYTEST) $(ARGS)
 
 test-fast: .venv/installed-dev ## Run the tests that need neither time nor services
-	@$(PYTEST) -m "not slow and not e2e and not faults and not browser" $(ARGS)
+	@$(PYTEST) -m "not slow and not e2e and not faults and not browser and not long" $(ARGS)
+
+test-long: .venv/installed-dev ## Run the soaks and the studies over several seeds; up to hours
+	@$(PYTEST) -m long $(ARGS)
 
 check: .venv/installed-dev ## Formatting, lint, types, import contracts, the repository's own rules
 	$(BIN)/ruff format --check .
