@@ -17,6 +17,7 @@ def corpus_shards(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
         config, source = store.config(), store.source("corpus")
         folder = store.version_for("corpus", corpus.plan(config, source=source))
         manifest = corpus.run(config, source=source, out=folder, sink=NullSink())
+        config.require_fits(manifest.facts["blocks"])  # now, not after hours of training
     return materialized(folder, manifest)
 
 

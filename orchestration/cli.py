@@ -12,7 +12,7 @@ import typer
 
 from realm_core import cli
 from realm_core.cli import HOME, AsJson, Home, Params, Profile, Set
-from realm_core.config import load_config
+from realm_core.config import settings_for_command
 
 app = cli.app
 train_app = typer.Typer(help="The detached trainer of a home.", no_args_is_help=True)
@@ -56,30 +56,45 @@ def run(
 @app.command()
 def up(
     home: Home = HOME,
-    port: Annotated[int, typer.Option(help="Port of the Dagster UI.")] = 3000,
-    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow.")] = 5000,
+    port: Annotated[int, typer.Option(help="Port of the Dagster UI.", min=1, max=65535)] = 3000,
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow.", min=1, max=65535)] = 5000,
 ) -> None:
-    """Dagster's UI and daemon, and MLflow, on loopback, until Ctrl-C."""
+    """Dagster's UI and daemon, and MLflow, on loopback, until Ctrl-C.
+
+    Where MLFLOW_TRACKING_URI is set, the metrics are on that server and none is started here.
+    """
     from orchestration import services
+    from orchestration.resources.tracking import default_uri, tracker_for
     from realm_core.artifacts.store import Store
+    from realm_core.errors import BusyError
 
     Store.open(home)
     services.prepare(home)
-    services.require_free(port, "the Dagster UI")
-    services.require_free(mlflow_port, "MLflow")
+    tracking = tracker_for(home).uri
+    wanted = {"Dagster": (port, services.webserver)}
+    if tracking == default_uri(home):
+        wanted["MLflow"] = (mlflow_port, services.mlflow_server)
+    if len({number for number, _ in wanted.values()}) < len(wanted):
+        raise BusyError(f"port {port}: wanted for both Dagster and MLflow; pass another --mlflow-port")
+    for name, (number, _) in wanted.items():
+        services.require_free(number, name)
     with ExitStack() as stack:
         daemon = services.KeptDaemon(home)
         stack.enter_context(services.running(daemon))
-        pages = []
-        for start in (lambda: services.webserver(home, port), lambda: services.mlflow_server(home, mlflow_port)):
-            pages.append(start())
-            stack.enter_context(services.running(pages[-1]))
-        print(f"Dagster  http://{services.LOOPBACK}:{port}\nMLflow   http://{services.LOOPBACK}:{mlflow_port}")
+        pages = {}
+        for name, (number, start) in wanted.items():
+            pages[name] = start(home, number)
+            stack.enter_context(services.running(pages[name]))
+        for name, (number, _) in wanted.items():
+            services.require_answering(pages[name], number)
+            print(f"{name:<8} http://{services.LOOPBACK}:{number}")
+        if "MLflow" not in wanted:
+            print(f"MLflow   {tracking}")
         print(f"home     {home.resolve()}, logs in {home / 'logs'}; Ctrl-C ends all", flush=True)
         while True:
             if news := daemon.keep():
                 print(news, file=sys.stderr, flush=True)
-            for page in pages:
+            for page in pages.values():
                 page.require_alive()
             time.sleep(1)
 
@@ -141,7 +156,7 @@ def _main_job(
     for path in (corpus, questions):
         if not path.is_file():
             raise DataError(f"{path}: no such file; pass a JSON-lines file")
-    config = load_config(params, profile, overrides or ())
+    config = settings_for_command(params, profile, overrides)
     report = main_job.run(home, config, profile, corpus, questions)
     if as_json:
         print(json.dumps(report))

@@ -7,6 +7,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
+from realm_core.artifacts.publish import operator_error
 from realm_core.errors import BusyError
 
 UNSIGNED = -1  # the lease is held, but its holder has not written its id yet
@@ -23,7 +26,10 @@ class Lease:
 
         Waits a moment, because an onlooker may be looking just now. Raises BusyError naming the holder.
         """
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise operator_error(error, self.path) from None
         deadline = time.monotonic() + patience
         while not _locked(descriptor, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
@@ -34,8 +40,12 @@ class Lease:
         return descriptor
 
     def sign(self, descriptor: int, process: int) -> None:
-        """Write down who holds the lease."""
-        os.pwrite(descriptor, json.dumps({"pid": process, "since": time.time()}).encode() + b"\n", 0)
+        """Write down who holds the lease, and that this process gave it to them."""
+        content = {"pid": process, "owner": os.getpid(), "since": time.time()}
+        try:
+            os.pwrite(descriptor, json.dumps(content).encode() + b"\n", 0)
+        except OSError as error:
+            raise operator_error(error, self.path) from None
 
     def holder(self) -> int | None:
         """Process id of the holder, UNSIGNED if it is not known yet, None if the lease is free."""
@@ -49,9 +59,16 @@ class Lease:
         finally:
             os.close(descriptor)
 
-    def _signed(self) -> int:
+    def orphan(self) -> int | None:
+        """Process id of a holder whose owner, the process that started it, is gone; None otherwise."""
+        holder, owner = self.holder(), self._signed("owner")
+        if holder is None or UNSIGNED in (holder, owner) or psutil.pid_exists(owner):
+            return None
+        return holder
+
+    def _signed(self, name: str = "pid") -> int:
         with suppress(OSError, ValueError, KeyError):
-            return int(json.loads(self.path.read_text(encoding="utf-8"))["pid"])
+            return int(json.loads(self.path.read_text(encoding="utf-8"))[name])
         return UNSIGNED
 
 

@@ -16,10 +16,12 @@ import dagster as dg
 from orchestration import report, services, trainer
 from orchestration.lease import Lease
 from realm_core.artifacts.manifest import file_sha256, read_manifest
+from realm_core.artifacts.publish import operator_error
 from realm_core.artifacts.store import Store, checkpoint_key
 from realm_core.config import Config
 from realm_core.errors import DataError, RealmError
 from realm_core.evaluate.report import JSON, write_report
+from realm_core.model.weight_files import require_start_weights
 from realm_core.stages import CODE
 
 RUN = "r1"
@@ -34,13 +36,12 @@ def run(home: Path, config: Config, profile: str, corpus: Path, questions: Path)
     """
     began = time.monotonic()
     sources = {"corpus": str(corpus.resolve()), "questions": str(questions.resolve())}
-    store = Store.create(home, config, sources, profile)
-    _require_same_sources(store)
-    services.prepare(home)
-    lease = Lease(home / ".main.json")
-    held = lease.take("the main job", patience=0.2)
+    require_start_weights(config.model)
+    held = _alone_in(home)
     try:
-        lease.sign(held, os.getpid())
+        store = Store.create(home, config, sources, profile)
+        _require_same_sources(store)
+        services.prepare(home)
         if (done := _finished_report(store)) is not None:
             _say(f"all done before: {done['live']['checkpoint']} is live, {len(done['index_versions'])} index versions")
             return done
@@ -52,6 +53,18 @@ def run(home: Path, config: Config, profile: str, corpus: Path, questions: Path)
         return result
     finally:
         os.close(held)
+
+
+def _alone_in(home: Path) -> int:
+    """Take the lease of the main job on a home, which is created for it. Raises BusyError if another one runs there."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise operator_error(error, home) from None
+    lease = Lease(home / ".main.json")
+    held = lease.take("the main job", patience=0.2)
+    lease.sign(held, os.getpid())
+    return held
 
 
 def _require_same_sources(store: Store) -> None:
@@ -153,6 +166,8 @@ def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.KeptDae
                 f"the trainer died; see {store.trainer(RUN) / trainer.LOG}, then run the same command again"
             )
         if outcome is not None:
+            if not outcome["finished"]:
+                raise RealmError(f"the trainer of {RUN} was asked to stop; run the same command again to go on")
             if _settled(store, instance, store.checkpoints(RUN)[-1]):
                 return
             # A refresh takes as long as the corpus is large; only a loop in which nothing happens is given up.
@@ -213,7 +228,8 @@ def _tell_news(store: Store, seen: set[str]) -> None:
     live = store.live()
     if live is not None and live.index_digest not in seen:
         seen.add(live.index_digest)
-        facts = store.manifest("evaluations", live.index).facts["metrics"]
+        scored = store.has("evaluations", live.index)
+        facts = store.manifest("evaluations", live.index).facts["metrics"] if scored else {}
         shown = ", ".join(f"{name} {facts[name]:.3f}" for name in ("recall_at_5", "exact_match") if name in facts)
         _say(f"live: index {live.index} {live.index_digest[:12]} ({shown} on dev)")
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -101,15 +101,8 @@ class Service:
             raise RealmError(f"{self.name} ended with code {code}; see {self.log}")
 
     def stop(self, patience: float = 15.0) -> None:
-        """Ask the group to end, then end it."""
-        for signum, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signum)
-            deadline = time.monotonic() + seconds
-            while time.monotonic() < deadline and _group_alive(self.process):
-                time.sleep(0.1)
-            if not _group_alive(self.process):
-                return
+        """End the service and its children; those that do not within `patience` seconds are killed."""
+        end_group(self.process.pid, patience, collect=self.process.poll)
 
 
 class OthersDaemon:
@@ -184,10 +177,13 @@ def undisturbed() -> Iterator[None]:
 
 
 def daemon(home: Path) -> Service | OthersDaemon:
-    """Dagster's daemon: sensors, schedules, the run queue. Two would work against each other, so one found is shared."""
+    """Dagster's daemon: sensors, schedules, the run queue. Two would work against each other, so one found is shared;
+    one whose command was killed is ended and replaced, since nobody else would ever end it."""
+    lease = _daemon_lease(home)
+    if (orphan := lease.orphan()) is not None:
+        end_group(orphan)
     if daemon_process(home) is not None:
         return OthersDaemon(home)
-    lease = _daemon_lease(home)
     held = lease.take("a daemon")
     try:
         service = Service("daemon", dagster("dagster._daemon", "run"), home, keep=[held])
@@ -208,9 +204,20 @@ def _daemon_lease(home: Path) -> Lease:
 
 def webserver(home: Path, port: int) -> Service:
     """Dagster's web interface."""
-    require_free(port, "the Dagster UI")
+    require_free(port, "Dagster")
     command = dagster("dagster_webserver", "--host", LOOPBACK, "--port", str(port))
     return Service("webserver", command, home)
+
+
+def require_answering(page: Service, port: int, patience: float = 120.0) -> None:
+    """Wait until a page accepts connections. Raises RealmError with the place of its log if it ends or takes too long."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        page.require_alive()
+        with suppress(OSError), socket.create_connection((LOOPBACK, port), timeout=1.0):
+            return
+        time.sleep(0.2)
+    raise RealmError(f"{page.name} does not answer on port {port} after {patience:.0f} s; see {page.log}")
 
 
 def mlflow_server(home: Path, port: int) -> Service:
@@ -225,10 +232,22 @@ def mlflow_server(home: Path, port: int) -> Service:
     return Service("mlflow", command, home)
 
 
-def _group_alive(process: subprocess.Popen) -> bool:
-    process.poll()  # collect the leader, so that only living members keep the group
+def end_group(group: int, patience: float = 15.0, collect: Callable[[], object] = lambda: None) -> None:
+    """Ask a process group to end, then end it. `collect` reaps the leader, so that only living members keep the group."""
+    for signum, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
+        with suppress(ProcessLookupError):
+            os.killpg(group, signum)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            collect()
+            if not _group_alive(group):
+                return
+            time.sleep(0.1)
+
+
+def _group_alive(group: int) -> bool:
     try:
-        os.killpg(process.pid, 0)
+        os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):
         return False
     return True

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.lease import UNSIGNED, Lease
-from realm_core.artifacts.publish import write_durably
+from realm_core.artifacts.publish import operator_error, write_durably
 from realm_core.artifacts.store import Store
 from realm_core.errors import BusyError, RealmError
 
@@ -30,19 +30,22 @@ def start(home: Path, run: str, patience: float = 120.0) -> str:
     """
     store = Store.open(home)
     folder = store.trainer(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    if process := alive(home, run):
-        return f"trainer of {run} already runs as process {process}"
-    for leftover in (STOP, DONE):
-        (folder / leftover).unlink(missing_ok=True)
-    with (folder / LOG).open("ab") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "orchestration.trainer", str(home.resolve()), run],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if process := alive(home, run):
+            return f"trainer of {run} already runs as process {process}"
+        for leftover in (STOP, DONE):
+            (folder / leftover).unlink(missing_ok=True)
+        with (folder / LOG).open("ab") as output:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "orchestration.trainer", str(home.resolve()), run],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise operator_error(error, folder) from None
     try:
         _wait_for_lease(home, run, child, patience)
     except BaseException:

@@ -70,6 +70,8 @@ class Answerer:
         """Answer one question from the k best passages shown and the reader's beam read."""
         if not question.strip():
             raise DataError("the question is empty; ask something")
+        if k > (blocks := len(self.pipeline.corpus)):
+            raise DataError(f"k={k}: more than the {blocks} blocks of the corpus; ask for fewer")
         width = max(k, self.pipeline.reader_beam)
         rows, scores = (array[0].tolist() for array in self.pipeline.retrieve([question], width))
         reading = self.pipeline.read(question, rows, scores)

@@ -13,7 +13,8 @@ import typer
 
 from realm_core import cli_compat, cli_corpus
 from realm_core.artifacts.manifest import Manifest
-from realm_core.config import load_config
+from realm_core.artifacts.publish import storage_trouble
+from realm_core.config import settings_for_command
 from realm_core.errors import DataError, RealmError
 from realm_core.ports import JsonLinesSink, MetricSink, NullSink
 
@@ -52,7 +53,7 @@ def questions(
     """Split a question file into train, dev and test."""
     from realm_core.stages import questions as stage
 
-    show(stage.run(load_config(params, profile, set_ or ()), source=input_, out=out, sink=NullSink()), as_json)
+    show(stage.run(settings_for_command(params, profile, set_), source=input_, out=out, sink=NullSink()), as_json)
 
 
 @app.command()
@@ -68,7 +69,7 @@ def ict(
     """Warm start: inverse cloze task for the retriever, masked-LM warm-up for the encoder."""
     from realm_core.stages import ict as stage
 
-    show(stage.run(load_config(params, profile, set_ or ()), corpus=corpus, out=out, sink=_sink(metrics)), as_json)
+    show(stage.run(settings_for_command(params, profile, set_), corpus=corpus, out=out, sink=_sink(metrics)), as_json)
 
 
 @app.command()
@@ -76,19 +77,32 @@ def pretrain(
     home: Home = HOME,
     run: Annotated[str, typer.Option(help="Name of the training run; it is resumed if it has checkpoints.")] = "r1",
     until: Annotated[int | None, typer.Option(help="Stop after this step.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="A corpus folder; the home's newest by default.")] = None,
+    start: Annotated[Path | None, typer.Option(help="An ICT checkpoint; the home's newest by default.")] = None,
+    params: Params = None,
+    profile: Annotated[str | None, typer.Option(help="Which profile; the home's settings by default.")] = None,
+    set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """REALM pre-training in this process, with the home's settings; follows the live index and leaves rolling checkpoints."""
+    """REALM pre-training in this process; follows the live index and leaves rolling checkpoints.
+
+    Runs with the home's settings. With --params, --profile or --set, a folder that is no home yet becomes one with those.
+    """
     from realm_core.artifacts.store import Store
     from realm_core.stages import pretrain as stage
 
-    store = Store.open(home)
+    if params or profile or set_:
+        config = settings_for_command(params, profile or "demo", set_)
+        sources = Store(home).settings()["sources"] if (home / "home.json").exists() else {}
+        store = Store.create(home, config, sources, profile or "demo")
+    else:
+        store = Store.open(home)
     manifest = stage.run(
         store.config(),
         store=store,
         training_run=run,
-        corpus=store.newest("corpus"),
-        start=store.newest("ict"),
+        corpus=corpus or store.newest("corpus"),
+        start=start or store.newest("ict"),
         until=until,
         sink=NullSink(),
     )
@@ -108,7 +122,7 @@ def reembed(
     """Embed every block with one checkpoint; a killed pass resumes."""
     from realm_core.stages import reembed as stage
 
-    config = load_config(params, profile, set_ or ())
+    config = settings_for_command(params, profile, set_)
     show(stage.run(config, checkpoint=checkpoint, corpus=corpus, out=out, sink=NullSink()), as_json)
 
 
@@ -126,7 +140,7 @@ def index(
     """Build the search structure over a snapshot's vectors."""
     from realm_core.stages import index as stage
 
-    config = load_config(params, profile, set_ or ())
+    config = settings_for_command(params, profile, set_)
     show(stage.run(config, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus, out=out, sink=NullSink()), as_json)
 
 
@@ -145,7 +159,7 @@ def qualify(
     """Verify an index version and write the verdict; exit code 1 if it may not go live."""
     from realm_core.stages import qualify as stage
 
-    config = load_config(params, profile, set_ or ())
+    config = settings_for_command(params, profile, set_)
     verdict = stage.run(config, index=index, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus, out=out)
     show(verdict, as_json)
     if not verdict.facts["passed"]:
@@ -190,7 +204,7 @@ def finetune(
             "--index needs --snapshot: fine-tuning reads the block vectors; pass the snapshot behind the index"
         )
     manifest = stage.run(
-        load_config(params, profile, set_ or ()),
+        settings_for_command(params, profile, set_),
         index=index,
         snapshot=snapshot,
         checkpoint=checkpoint,
@@ -226,7 +240,7 @@ def evaluate(
     if (index is None) != (checkpoint is None):
         raise DataError("--index and --checkpoint come together: questions are embedded by the index's own checkpoint")
     manifest = stage.run(
-        load_config(params, profile, set_ or ()),
+        settings_for_command(params, profile, set_),
         index=index,
         checkpoint=checkpoint,
         reader=reader,
@@ -316,6 +330,8 @@ def run(application: typer.Typer) -> None:
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of the command line parser
             _fail(error.format_message(), 2)
+        if trouble := storage_trouble(error):
+            _fail(trouble, 2)
         raise
     sys.exit(code if isinstance(code, int) else 0)
 

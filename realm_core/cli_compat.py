@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from realm_core.artifacts.manifest import Manifest
-from realm_core.config import load_config
+from realm_core.config import settings_for_command
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Out = Annotated[Path, typer.Option(help="Folder to create; it must not exist with another content.")]
@@ -56,7 +56,7 @@ def import_hf(
     from realm_core.compat.importing import import_checkpoint
 
     found = combined([read_hf(folder, vocab, blocks) for folder in folders])
-    config = load_config(params, profile, set_ or ())
+    config = settings_for_command(params, profile, set_)
     _show_all(import_checkpoint(found, config=config, out=out, checkpoint=checkpoint), as_json)
 
 
@@ -88,7 +88,7 @@ def import_tf(
     from realm_core.compat.tf import read_tf
 
     found = combined([read_tf(path, vocab, blocks, titles, heads, max_span_width) for path in paths])
-    config = load_config(params, profile, set_ or ())
+    config = settings_for_command(params, profile, set_)
     _show_all(import_checkpoint(found, config=config, out=out, checkpoint=checkpoint), as_json)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from realm_core.artifacts.manifest import Manifest, open_artifact
-from realm_core.config import load_config
+from realm_core.config import settings_for_command
 from realm_core.errors import DataError
 from realm_core.ports import NullSink, Progress
 
@@ -59,7 +59,9 @@ def corpus_build(
     """
     from realm_core.stages import corpus
 
-    config = load_config(params, profile, [*(set_ or ()), *([f"corpus.on_error={on_error}"] if on_error else [])])
+    config = settings_for_command(
+        params, profile, [*(set_ or ()), *([f"corpus.on_error={on_error}"] if on_error else [])]
+    )
     used = workers or _workers(Path(input_))
     manifest = corpus.run(
         config, source=input_, out=out, sink=NullSink(), source_format=source, workers=used, vocabulary=vocabulary
@@ -138,7 +140,9 @@ def qa_build(
     """
     from realm_core.stages import questions
 
-    config = load_config(params, profile, [*(set_ or ()), *([f"corpus.on_error={on_error}"] if on_error else [])])
+    config = settings_for_command(
+        params, profile, [*(set_ or ()), *([f"corpus.on_error={on_error}"] if on_error else [])]
+    )
     made = questions.run(config, source=input_, test=test, form=form, out=out, sink=NullSink())
     summary = {"digest": made.digest, "seconds": made.record.get("seconds"), **made.facts}
     print(json.dumps(summary) if as_json else "\n".join(f"{key}: {value}" for key, value in summary.items()))

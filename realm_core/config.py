@@ -6,6 +6,8 @@ the sections it reads, and the digest over exactly those goes into its manifest.
 
 import hashlib
 import json
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -17,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from realm_core.errors import ConfigError
 
 DEFAULT_PARAMS = Path(__file__).with_name("params.yaml")
+LOCAL_PARAMS = Path("params.yaml")
 
 
 class Section(BaseModel):
@@ -125,9 +128,6 @@ class ReembedConfig(Section):
     """Embedding every block with one checkpoint."""
 
     batch: PositiveInt = 64
-    max_bad_share: float = Field(
-        0.0, ge=0, lt=1
-    )  # share of blocks whose vector may be non-finite before the build fails
 
 
 class IndexConfig(Section):
@@ -208,12 +208,34 @@ class Config(Section):
                 f"{self.lengths.document}: blocks would be cut; lower the first or raise the second"
             )
         if (self.model.encoder_layers or 0) > (self.model.layers or 10**6):
-            raise ValueError("model.encoder_layers exceeds model.layers; the encoder starts from the same weights")
+            raise ValueError(
+                f"model.encoder_layers={self.model.encoder_layers} exceeds model.layers={self.model.layers}: "
+                "the encoder starts from the same weights; lower it"
+            )
         if self.reader.reader_beam > self.reader.searcher_beam:
-            raise ValueError("reader.reader_beam exceeds reader.searcher_beam; read no more blocks than are retrieved")
+            raise ValueError(
+                f"reader.reader_beam={self.reader.reader_beam} exceeds reader.searcher_beam={self.reader.searcher_beam}: "
+                "no more blocks can be read than are retrieved; lower it"
+            )
         if self.model.weights == "random" and self.model.hidden_size % self.model.heads:
-            raise ValueError("model.hidden_size is not a multiple of model.heads")
+            raise ValueError(
+                f"model.hidden_size={self.model.hidden_size} is not a multiple of model.heads={self.model.heads}; change one"
+            )
         return self
+
+    def require_fits(self, blocks: int, *settings: str) -> None:
+        """Raise ConfigError if one of `settings` (all that count blocks by default) asks for more blocks than there are."""
+        wanted = {
+            "pretrain.candidates": self.pretrain.candidates,
+            "index.probe_k": self.index.probe_k,
+            "reader.searcher_beam": self.reader.searcher_beam,
+            "evaluate.ks": max(self.evaluate.ks),
+        }
+        excess = {name: k for name, k in wanted.items() if k > blocks and name in (settings or wanted)}
+        if excess:
+            found = ", ".join(f"{name}={k}" for name, k in excess.items())
+            remedy = " ".join(f"--set {name}={f'[{blocks}]' if name == 'evaluate.ks' else blocks}" for name in excess)
+            raise ConfigError(f"{found}: more than the {blocks} blocks of the corpus; add documents, or pass {remedy}")
 
     def digest(self, *sections: str) -> str:
         """sha256 of the named sections and the seed: what a stage's result depends on."""
@@ -227,7 +249,7 @@ def load_config(params: Path | None = None, profile: str = "demo", overrides: Se
 
     Raises ConfigError naming the file, the key, what was found and what is known.
     """
-    path = params or (Path("params.yaml") if Path("params.yaml").exists() else DEFAULT_PARAMS)
+    path = params or (LOCAL_PARAMS if LOCAL_PARAMS.exists() else DEFAULT_PARAMS)
     profiles = _read_profiles(path)
     if profile not in profiles:
         raise ConfigError(f"{path}: no profile {profile!r}; it has {', '.join(sorted(profiles))}")
@@ -237,6 +259,14 @@ def load_config(params: Path | None = None, profile: str = "demo", overrides: Se
     for override in overrides:
         _apply_override(values, override)
     return config_from(values, where=f"{path}: {profile}")
+
+
+def settings_for_command(params: Path | None, profile: str, overrides: Sequence[str] | None) -> Config:
+    """`load_config` for a command line: a params.yaml that merely lies in the working directory is named, for it may
+    belong to something else."""
+    if params is None and LOCAL_PARAMS.exists() and not LOCAL_PARAMS.samefile(DEFAULT_PARAMS):
+        print(f"settings: {LOCAL_PARAMS.resolve()}, profile {profile}", file=sys.stderr, flush=True)
+    return load_config(params, profile, overrides or ())
 
 
 def config_from(values: Mapping[str, Any], where: str) -> Config:
@@ -272,7 +302,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise ConfigError(f"--set {override}: {section} is a value, not a section")
     try:
-        place[last] = yaml.safe_load(text)
+        # YAML would read a digest of digits alone as a number.
+        place[last] = text if re.fullmatch(r"[0-9]{40,}", text) else yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {override}: the value is not YAML; quote it") from None
 

@@ -23,6 +23,8 @@ from realm_core.errors import ArtifactError, BusyError, RealmError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What libraries say that write by themselves and lose the error number: safetensors, numpy.
+_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
+_READ_ONLY_TEXT = re.compile(r"attempt to write a readonly database|unable to open database file")
 _NO_ROOM_TEXT = re.compile(rf"os error ({'|'.join(map(str, _NO_ROOM))})\)|No space left|requested and \d+ written")
 
 
@@ -213,6 +215,22 @@ def operator_error(error: OSError, place: Path) -> ArtifactError:
     return ArtifactError(
         f"{place}: cannot be written ({error.strerror}); choose another --home or mend its permissions"
     )
+
+
+def storage_trouble(error: BaseException) -> str | None:
+    """What to tell the operator if an error that no stage expected came from a disk that is full or may not be written.
+
+    Looks along the causes: databases and trackers wrap what the operating system said.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        place = getattr(seen, "filename", None) or "a file of the home"
+        if isinstance(seen, Exception) and (_no_room(seen) or "database or disk is full" in str(seen)):
+            return f"{place}: disk full or quota reached; free space and run again"
+        if getattr(seen, "errno", None) in _NOT_OURS or _READ_ONLY_TEXT.search(str(seen)):
+            return f"{place}: cannot be written; choose another --home or mend its permissions"
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _disk_full(place: Path) -> ArtifactError:

@@ -85,7 +85,9 @@ class Store:
     def create(cls, home: Path, config: Config, sources: Mapping[str, str], profile: str) -> "Store":
         """Create a home, or open it if it was made with the same settings and sources.
 
-        Raises ConfigError naming the first setting that differs, ArtifactError if the folder cannot be written.
+        Until a training run has begun, other settings and sources simply take the place of the first ones: what was made
+        from those stays as a version of its own. Later, raises ConfigError naming the first setting that differs.
+        Raises ArtifactError if the folder cannot be written.
         """
         store = cls(home)
         wanted = {
@@ -94,7 +96,10 @@ class Store:
             "sources": dict(sources),
             "config": config.model_dump(mode="json"),
         }
-        if found := store._settings_if_any():
+        found = store._settings_if_any()
+        if found == wanted:
+            return store
+        if found and store.names("checkpoints"):
             if difference := _first_difference(found, wanted):
                 raise ConfigError(f"{home}: made with other settings: {difference}; pass them again or another --home")
             return store
@@ -164,12 +169,14 @@ class Store:
         return self.path(kind, names[-1])
 
     def version_for(self, kind: str, plan: Plan) -> Path:
-        """The version that is the result of `plan`, or the folder of the next version if there is none yet."""
+        """The newest version if it is the result of `plan`, else the folder of the next version.
+
+        An older version of the same plan is made again under a new number: what counts is always the newest.
+        """
         assert kind in VERSIONED, kind
         names = self._versions(kind)
-        for name in reversed(names):
-            if plan.describes(self.manifest(kind, name)):
-                return self.path(kind, name)
+        if names and plan.describes(self.manifest(kind, names[-1])):
+            return self.path(kind, names[-1])
         return self.path(kind, f"v{int(names[-1][1:]) + 1 if names else 1:04d}")
 
     def _versions(self, kind: str) -> list[str]:

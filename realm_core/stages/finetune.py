@@ -60,6 +60,7 @@ def run(
     open_artifact(checkpoint)
     open_artifact(questions, "questions")
     blocks = Corpus.open(corpus)
+    config.require_fits(len(blocks), "reader.searcher_beam")
     device = resolve(config.runtime)
     model = RealmModel.load(checkpoint).to(device.torch_device)
     reader = Reader(model.encoder.shape, config.reader.span_hidden, config.reader.max_span_width)

@@ -8,7 +8,8 @@ from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.model.bundle import new_model
 from realm_core.model.device import resolve
-from realm_core.model.weights import load_start_weights, weights_sha256
+from realm_core.model.weight_files import weights_sha256
+from realm_core.model.weights import load_start_weights
 from realm_core.ports import MetricSink
 from realm_core.stages import CODE
 from realm_core.train.ict import train_ict

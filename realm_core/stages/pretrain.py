@@ -43,6 +43,7 @@ def run(
     Step 0 is a checkpoint of its own, equal to the warm start, so that the first index is made like every other.
     Returns the manifest of the last checkpoint. Raises RealmError if no index goes live in time.
     """
+    config.require_fits(len(Corpus.open(corpus)), "pretrain.candidates")
     last = config.pretrain.steps if until is None else until
     if not store.checkpoints(training_run):
         _publish_start(config, store, training_run, corpus, start)

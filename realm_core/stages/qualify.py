@@ -37,6 +37,7 @@ def run(config: Config, *, index: Path, snapshot: Path, checkpoint: Path, corpus
     doing = plan(config, index=index, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus)
     if done := finished(out, doing):
         return done
+    config.require_fits(len(Corpus.open(corpus)), "index.probe_k")
     with building(out, doing) as build:
         findings = examine(config, index=index, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus)
         return build.commit(
@@ -58,7 +59,7 @@ def examine(
     complete = _attempt(lambda: _complete(index, snapshot, checkpoint, corpus, blocks))
     checksum = _attempt(lambda: (open_artifact(index, "index"), open_artifact(snapshot, "reembed")))
     facts = read_manifest(snapshot).facts
-    sane = not facts["zero_vectors"] and facts["bad_vectors"] <= config.reembed.max_bad_share * facts["vectors"]
+    sane = not facts["zero_vectors"] and not facts["bad_vectors"]
     # An altered file is never opened: recall is then reported as 0.
     readable = complete is None and checksum is None
     recall = _recall(config, index, snapshot_of(snapshot, blocks)) if readable else 0.0
@@ -67,7 +68,7 @@ def examine(
         "no_missing_shard": {"passed": complete is None, "found": complete or f"{len(blocks.shards)} shards"},
         "checksum": {"passed": checksum is None, "found": checksum or "all bytes as recorded"},
         "vectors_sane": {
-            "passed": bool(sane),
+            "passed": sane,
             "found": f"{facts['bad_vectors']:.0f} not finite, {facts['zero_vectors']:.0f} zero, "
             f"norms {facts['norm_min']:.3g} to {facts['norm_max']:.3g}",
         },
@@ -101,7 +102,7 @@ def _recall(config: Config, index: Path, snapshot: Snapshot) -> float:
         load_index(index, size=facts["vectors"], dimension=facts["dimension"]),
         torch.from_numpy(np.array(vectors)),
         torch.from_numpy(probes),
-        min(config.index.probe_k, len(vectors)),
+        config.index.probe_k,
     )
 
 

@@ -28,6 +28,7 @@ def test_the_same_command_brings_an_unlucky_home_to_its_end(home: Home) -> None:
     a_malformed_line_is_named_with_file_and_number(home)
     everything_dies_during_the_first_refresh(home)
     a_second_command_is_refused_and_ctrl_c_ends_the_first(home)
+    a_command_that_is_killed_leaves_a_daemon_and_the_next_one_ends_it(home)
     report = a_killed_daemon_is_replaced(home)
     the_home_is_what_an_undisturbed_run_leaves(home, report)
 
@@ -70,6 +71,18 @@ def a_second_command_is_refused_and_ctrl_c_ends_the_first(home: Home) -> None:
     assert home.interrupt(job) == 130  # a second time, as impatient people do
     assert home.processes() == []
     assert trainer.alive(home.path, "r1") is None
+
+
+def a_command_that_is_killed_leaves_a_daemon_and_the_next_one_ends_it(home: Home) -> None:
+    job = home.start(*home.main_job())
+    orphan = home.wait_for(lambda: services.daemon_process(home.path), "no daemon", job)
+    job.kill()
+    job.wait()
+    assert psutil.pid_exists(orphan)
+    job = home.start(*home.main_job())
+    home.wait_for(lambda: services.daemon_process(home.path) not in (None, orphan), "the orphan stays", job)
+    assert home.interrupt(job) == 130
+    assert home.processes() == []
 
 
 def a_killed_daemon_is_replaced(home: Home) -> dict[str, Any]:

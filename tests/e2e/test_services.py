@@ -59,10 +59,7 @@ def test_it_serves_dagster_and_mlflow_on_loopback_until_ctrl_c(
     # A second one shares the daemon, and says which port is taken.
     second = home.start("up", "--port", str(port), "--mlflow-port", str(mlflow_port))
     assert second.wait(timeout=120) == 2
-    assert (
-        home.last_error()
-        == f"error: port {port} for the Dagster UI is in use; pass another one or stop what listens there"
-    )
+    assert home.last_error() == f"error: port {port} for Dagster is in use; pass another one or stop what listens there"
 
     assert home.interrupt(up) == 130
     assert home.processes() == []
@@ -76,6 +73,12 @@ def test_a_port_in_use_is_one_line_and_nothing_is_started(
         home.run("up", "--port", str(free_ports[0]), "--mlflow-port", str(free_ports[1]), code=2)
     assert home.last_error().startswith(f"error: port {free_ports[1]} for MLflow is in use")
     assert home.processes() == []
+
+
+def test_one_port_for_two_pages_is_refused(finished: tuple[Home, dict[str, Any]], free_ports: tuple[int, int]) -> None:
+    home, _ = finished
+    home.run("up", "--port", str(free_ports[0]), "--mlflow-port", str(free_ports[0]), code=2)
+    assert "wanted for both Dagster and MLflow; pass another --mlflow-port" in home.last_error()
 
 
 def test_a_home_that_is_none_is_refused(home: Home) -> None:

@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,3 +204,24 @@ def test_a_home_is_not_half_made_on_a_full_disk(disk: Disk, tiny_home: Store, ti
         no_room(lambda: Store.create(disk.folder / "home", tiny_home.config(), tiny_sources, "tiny"))
     store = Store.create(disk.folder / "home", tiny_home.config(), tiny_sources, "tiny")
     assert json.loads((store.home / "home.json").read_text("utf-8"))["profile"] == "tiny"
+
+
+def demo(home: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "orchestration.cli", "demo", "--profile", "tiny", "--home", str(home)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_main_job_on_a_disk_without_room_or_writing_is_one_line(disk: Disk) -> None:
+    if not disk.mounted:
+        pytest.skip("needs a file system of its own")
+    for left in (30_000, 150_000):
+        with disk.full(left):
+            done = demo(disk.folder / f"home{left}")
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 2
+        assert last.startswith("error: ") and "disk full or quota reached" in last
+        assert "Traceback" not in done.stderr
+    subprocess.run(["mount", "-o", "remount,ro", str(disk.folder)], check=True)
+    done = demo(disk.folder / "home30000")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "cannot be written (Read-only file system)" in done.stderr

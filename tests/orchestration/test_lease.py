@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.lease import UNSIGNED, Lease
-from realm_core.errors import BusyError
+from realm_core.errors import ArtifactError, BusyError
 
 HOLD = """
 import os, sys, time
@@ -47,6 +47,37 @@ def test_the_holder_is_named_and_a_second_one_is_refused(tmp_path: Path) -> None
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_holder_whose_owner_was_killed_is_an_orphan(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    code = f"""
+import subprocess, sys, time
+from pathlib import Path
+from orchestration.lease import Lease
+lease = Lease(Path({str(path)!r}))
+held = lease.take("a holder")
+child = subprocess.Popen(["sleep", "600"], pass_fds=[held])
+lease.sign(held, child.pid)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    child = int(owner.stdout.readline())
+    try:
+        assert Lease(path).holder() == child
+        assert Lease(path).orphan() is None
+        owner.kill()
+        owner.wait()
+        assert Lease(path).orphan() == child
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_lease_in_a_folder_that_is_gone_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"gone/lease\.json: cannot be written"):
+        Lease(tmp_path / "gone" / "lease.json").take("a holder")
 
 
 def test_a_lease_dies_with_its_process_however_it_dies(tmp_path: Path) -> None:

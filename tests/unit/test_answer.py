@@ -48,9 +48,11 @@ def test_the_same_question_gets_the_same_answer(answerer: Answerer, tiny_home: S
     assert answerer.ask(QUESTION) == answerer.ask(QUESTION) == Answerer.open(tiny_home).ask(QUESTION)
 
 
-def test_more_passages_than_there_are_gives_all_of_them(answerer: Answerer) -> None:
-    answer = answerer.ask(QUESTION, k=10**6)
-    assert len(answer.passages) == len(answerer.pipeline.corpus)
+def test_all_passages_can_be_had_and_not_one_more(answerer: Answerer) -> None:
+    blocks = len(answerer.pipeline.corpus)
+    assert len(answerer.ask(QUESTION, k=blocks).passages) == blocks
+    with pytest.raises(DataError, match=f"k={blocks + 1}: more than the {blocks} blocks of the corpus; ask for fewer"):
+        answerer.ask(QUESTION, k=blocks + 1)
 
 
 def test_fewer_passages_than_the_reader_reads_are_shown_only(answerer: Answerer) -> None:

@@ -45,6 +45,8 @@ SMALL = (
     "lengths.reader=32",
     "corpus.block_wordpieces=24",
     "reader.steps=2",
+    "reader.searcher_beam=4",
+    "index.probe_k=4",
     "pretrain.steps=2",
 )
 # Until `Manifest` says what an imported artifact stands for, a stage that asks for "ict" or "corpus" refuses one.

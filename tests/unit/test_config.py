@@ -108,9 +108,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("lengths.document=32", "corpus.block_wordpieces=64 exceeds lengths.document=32: blocks would be cut; lower"),
         ("lengths.reader=512", "lengths.reader=512 exceeds model.max_positions=128; shorten it"),
         ("lengths.query=100", "lengths.joint=164 exceeds model.max_positions=128; shorten it"),
-        ("reader.reader_beam=21", "reader.reader_beam exceeds reader.searcher_beam; read no more"),
-        ("model.heads=3", "model.hidden_size is not a multiple of model.heads"),
-        ("model.encoder_layers=2", "model.encoder_layers exceeds model.layers"),
+        (
+            "reader.reader_beam=21",
+            "reader.reader_beam=21 exceeds reader.searcher_beam=20: no more blocks can be read than are retrieved; lower it",
+        ),
+        ("model.heads=3", "model.hidden_size=32 is not a multiple of model.heads=3; change one"),
+        (
+            "model.encoder_layers=2",
+            "model.encoder_layers=2 exceeds model.layers=1: the encoder starts from the same weights; lower it",
+        ),
     ],
 )
 def test_a_wrong_override_is_one_line_with_the_next_move(override: str, message: str) -> None:
@@ -135,3 +141,28 @@ def test_every_key_of_the_shipped_file_is_a_setting() -> None:
     profiles = yaml.safe_load(DEFAULT_PARAMS.read_text("utf-8"))["profiles"]
     for sections in profiles.values():
         assert set(sections) <= set(Config.model_fields)
+
+
+def test_a_digest_of_digits_alone_stays_text() -> None:
+    digest = "1234567890" * 6 + "1234"
+    assert load_config(None, "tiny", [f"model.weights_sha256={digest}"]).model.weights_sha256 == digest
+
+
+def test_whatever_asks_for_more_blocks_than_there_are_is_named_with_what_would_do() -> None:
+    config = load_config(None, "tiny")  # searcher_beam and the largest k are 20
+    config.require_fits(20)
+    config.require_fits(3, "pretrain.candidates")
+    with pytest.raises(ConfigError) as caught:
+        config.require_fits(19)
+    assert str(caught.value) == (
+        "reader.searcher_beam=20, evaluate.ks=20: more than the 19 blocks of the corpus; add documents, "
+        "or pass --set reader.searcher_beam=19 --set evaluate.ks=[19]"
+    )
+    with pytest.raises(ConfigError, match=r"pretrain\.candidates=3: more than the 2 blocks"):
+        config.require_fits(2, "pretrain.candidates")
+
+
+def test_the_demo_makes_an_index_version_of_at_least_three_checkpoints_after_the_first() -> None:
+    config = load_config(DEFAULT_PARAMS, "demo")
+    assert config.refresh.backlog == "all"
+    assert config.pretrain.steps // config.pretrain.checkpoint_every >= 3

@@ -1,5 +1,6 @@
 """Publishing: a folder is there complete or not at all, is never overwritten, and has one builder at a time."""
 
+import errno
 import json
 import os
 import signal
@@ -9,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from realm_core.artifacts.manifest import MANIFEST, Plan, read_manifest
-from realm_core.artifacts.publish import append_durably, building, finished, provenance, read_json_lines, write_durably
+from realm_core.artifacts.publish import (
+    append_durably,
+    building,
+    finished,
+    provenance,
+    read_json_lines,
+    storage_trouble,
+    write_durably,
+)
 from realm_core.errors import ArtifactError, BusyError
 
 PLAN = Plan(stage="index", code="1", config_digest="c" * 64)
@@ -223,3 +232,20 @@ def test_a_row_after_a_torn_one_is_not_lost(tmp_path: Path) -> None:
 
 def test_a_log_that_is_not_there_has_no_rows(tmp_path: Path) -> None:
     assert read_json_lines(tmp_path / "log.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: disk full or quota reached; free space"),
+        (OSError(errno.EROFS, "Read-only file system", "/a/b"), "/a/b: cannot be written; choose another --home"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: cannot be written; choose another --home"),
+        (RuntimeError("(sqlite3.OperationalError) database or disk is full"), "a file of the home: disk full"),
+        (RuntimeError("(sqlite3.OperationalError) attempt to write a readonly database"), "a file of the home: cannot"),
+    ],
+)
+def test_trouble_with_the_disk_is_told_whoever_wraps_it(error: Exception, told: str) -> None:
+    wrapped = ValueError("a tracker said so")
+    wrapped.__cause__ = error
+    assert str(storage_trouble(wrapped)).startswith(told)
+    assert storage_trouble(ValueError("something else")) is None

@@ -55,7 +55,14 @@ def test_a_home_opens_again_with_its_settings_and_sources(store: Store) -> None:
     assert create(store.home).source("corpus") == Path("/data/c.jsonl")
 
 
-def test_other_settings_for_an_existing_home_are_refused_by_name(store: Store) -> None:
+def test_until_a_run_has_begun_other_settings_take_the_place_of_the_first(store: Store) -> None:
+    Store.create(store.home, load_config(None, "tiny", ["seed=8"]), {**SOURCES, "corpus": "/else"}, "tiny")
+    assert Store.open(store.home).config().seed == 8
+    assert store.source("corpus") == Path("/else")
+
+
+def test_other_settings_for_a_home_with_a_training_run_are_refused_by_name(store: Store) -> None:
+    make(store, "checkpoints", "r1-s0000000")
     with pytest.raises(ConfigError, match=r"config\.seed is 7 there, 8 now; pass them again or another --home"):
         Store.create(store.home, load_config(None, "tiny", ["seed=8"]), SOURCES, "tiny")
     with pytest.raises(ConfigError, match=r"sources\.corpus is '/data/c.jsonl' there, '/else' now"):
@@ -155,12 +162,13 @@ def test_the_same_plan_always_gets_the_same_version(store: Store) -> None:
     assert store.version_for("corpus", plan(documents="b")).name == "v0002"
 
 
-def test_another_plan_gets_the_next_version_and_the_old_one_is_found_again(store: Store) -> None:
+def test_another_plan_gets_the_next_version_and_so_does_the_way_back(store: Store) -> None:
     for number, documents in enumerate("abc", start=1):
         with building(store.version_for("corpus", plan(documents=documents)), plan(documents=documents)) as build:
             build.commit({})
         assert store.newest("corpus").name == f"v{number:04d}"
-    assert store.version_for("corpus", plan(documents="a")).name == "v0001"
+    assert store.version_for("corpus", plan(documents="c")).name == "v0003"
+    assert store.version_for("corpus", plan(documents="a")).name == "v0004"  # v0001 would not be the newest
 
 
 def test_a_folder_somebody_named_otherwise_is_no_version(store: Store) -> None:

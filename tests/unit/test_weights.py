@@ -12,15 +12,15 @@ from realm_core.config import ModelConfig
 from realm_core.errors import ArtifactError, ConfigError, RealmError
 from realm_core.model.bundle import new_model
 from realm_core.model.encoder import Encoder, EncoderShape
-from realm_core.model.weights import (
+from realm_core.model.weight_files import (
     CONFIG,
     VOCABULARY,
     WEIGHTS,
-    load_start_weights,
     vocabulary_path,
     weights_folder,
     weights_sha256,
 )
+from realm_core.model.weights import load_start_weights
 from realm_core.text.tokenizer import Tokenizer, build_vocabulary
 
 SHAPE = EncoderShape(vocab_size=60, hidden_size=8, layers=2, heads=2, intermediate_size=16, max_positions=32)
