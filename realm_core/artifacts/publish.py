@@ -24,7 +24,7 @@ from realm_core.errors import ArtifactError, BusyError, RealmError
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What libraries say that write by themselves and lose the error number: safetensors, numpy.
 _NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
-_READ_ONLY_TEXT = re.compile(r"attempt to write a readonly database|unable to open database file")
+_READ_ONLY_TEXT = re.compile(r"attempt to write a readonly database|unable to open database file|disk I/O error")
 _NO_ROOM_TEXT = re.compile(rf"os error ({'|'.join(map(str, _NO_ROOM))})\)|No space left|requested and \d+ written")
 
 
