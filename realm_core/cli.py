@@ -333,6 +333,8 @@ def run(application: typer.Typer) -> None:
         if trouble := storage_trouble(error):
             _fail(trouble, 2)
         raise
+    if code == 130:  # the command line parser swallows Ctrl-C and says it with this number
+        _fail("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

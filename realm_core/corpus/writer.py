@@ -47,6 +47,7 @@ def write_shards(
     out: Path,
     tokenizer: Tokenizer,
     *,
+    place: str = "the corpus",
     shards: int = 1,
     limit: int = 288,
     splitter: str = "syntok",
@@ -93,7 +94,8 @@ def write_shards(
                 sizes[shard_name(number)] = stats.blocks
         if not total.blocks:
             raise DataError(
-                f"none of {tally.documents} documents gave a block; they are empty: {dict(total.dropped + tally.dropped)}"
+                f"{place}: none of {tally.documents} documents gave a block "
+                f"(dropped: {dict(total.dropped + tally.dropped)}); check that their text is where the format expects it"
             )
         duplicates = _duplicates([out / name / BLOCKS_FILE for name in sizes], out / SPOOL)
     except DataError:

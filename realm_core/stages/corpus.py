@@ -62,6 +62,7 @@ def run(
                 found.read(settings.on_error, tally),
                 build.folder,
                 Tokenizer.from_file(pieces) if pieces else _own_tokenizer(config, found),
+                place=str(source),
                 shards=settings.shards,
                 limit=settings.block_wordpieces,
                 splitter=settings.splitter,
