@@ -96,7 +96,7 @@ def table(report: Mapping[str, Any], width: int = 120) -> str:
 
 def rich_table(report: Mapping[str, Any]) -> Group:
     """The report for a rich console: index versions, systems compared, and one closing line."""
-    versions = Table(title="index versions", box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
+    versions = _table("index versions")
     versions.add_column("")
     _add_columns(versions, _VERSION_COLUMNS)
     for version in _versions(report):
@@ -105,12 +105,24 @@ def rich_table(report: Mapping[str, Any]) -> Group:
         versions.add_row(Text("●" if live else ""), *map(Text, cells), style="bold green" if live else "")
     parts: list[Any] = [versions]
     if report.get("qa"):
-        systems = Table(title="question answering", box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
+        systems = _table("question answering")
         _add_columns(systems, _QA_COLUMNS)
         for row in _systems(report):
             systems.add_row(*map(Text, _cells(row, _QA_COLUMNS)))
         parts.append(systems)
     return Group(*parts, Text(summary(report)))
+
+
+def _table(title: str) -> Table:
+    """An empty table narrow enough for a terminal of 80 columns."""
+    return Table(
+        title=title,
+        title_style="bold",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
 
 
 def summary(report: Mapping[str, Any]) -> str:
