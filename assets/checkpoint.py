@@ -19,7 +19,7 @@ live_index_pointer = dg.AssetSpec(
 
 
 @dg.asset(
-    deps=["ict_checkpoint", "corpus_shards", live_index_pointer],
+    deps=["ict_checkpoint", "corpus_shards", "pretraining_shards", live_index_pointer],
     partitions_def=REALM_CKPT,
     group_name="train",
     kinds={"pytorch"},
@@ -40,7 +40,7 @@ def realm_checkpoint(
                 store.config(),
                 store=store,
                 training_run=run,
-                corpus=store.newest("corpus"),
+                corpus=store.pretraining_corpus(),
                 start=store.newest("ict"),
                 until=step,
                 sink=tracker.sink(run),

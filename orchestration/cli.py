@@ -40,6 +40,9 @@ def demo(
 def run(
     corpus: Annotated[Path, typer.Option(help="Documents, one JSON object a line with title and text (.gz too).")],
     questions: Annotated[Path, typer.Option(help="Questions, one JSON object a line with question and answers.")],
+    pretrain_corpus: Annotated[
+        Path | None, typer.Option(help="Other documents to draw masked queries from; those of --corpus by default.")
+    ] = None,
     home: Home = HOME,
     params: Params = None,
     profile: Profile = "demo",
@@ -50,7 +53,7 @@ def run(
 
     Example: realm run --corpus docs.jsonl --questions questions.jsonl --home my-realm
     """
-    _main_job(home, params, profile, set_, as_json, corpus, questions)
+    _main_job(home, params, profile, set_, as_json, corpus, questions, pretrain_corpus)
 
 
 @app.command()
@@ -146,6 +149,7 @@ def _main_job(
     as_json: bool,
     corpus: Path,
     questions: Path,
+    pretrain_corpus: Path | None = None,
 ) -> None:
     from rich.console import Console
 
@@ -153,11 +157,11 @@ def _main_job(
     from realm_core.errors import DataError
     from realm_core.evaluate.report import rich_table
 
-    for path in (corpus, questions):
-        if not path.is_file():
+    for path in (corpus, questions, pretrain_corpus):
+        if path is not None and not path.is_file():
             raise DataError(f"{path}: no such file; pass a JSON-lines file")
     config = settings_for_command(params, profile, overrides)
-    report = main_job.run(home, config, profile, corpus, questions)
+    report = main_job.run(home, config, profile, corpus, questions, pretrain_corpus)
     if as_json:
         print(json.dumps(report))
         return

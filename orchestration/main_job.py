@@ -28,14 +28,19 @@ RUN = "r1"
 _IDLE_SECONDS = 300.0  # how long no refresh may be under way before the last checkpoint counts as forgotten
 
 
-def run(home: Path, config: Config, profile: str, corpus: Path, questions: Path) -> dict[str, Any]:
+def run(
+    home: Path, config: Config, profile: str, corpus: Path, questions: Path, pretrain_corpus: Path | None = None
+) -> dict[str, Any]:
     """Do the main job in `home`, resuming what is there; returns the report that is also written to `home`.
 
+    Masked queries are drawn from `pretrain_corpus`, or from `corpus` where that is None.
     Where everything is done already, the report of that time is returned. Raises RealmError with one line for everything
     an operator can mend. No process that the call starts outlives it.
     """
     began = time.monotonic()
     sources = {"corpus": str(corpus.resolve()), "questions": str(questions.resolve())}
+    if pretrain_corpus is not None:
+        sources["pretrain_corpus"] = str(pretrain_corpus.resolve())
     require_start_weights(config.model)
     held = _alone_in(home)
     try:
@@ -69,10 +74,11 @@ def _alone_in(home: Path) -> int:
 
 def _require_same_sources(store: Store) -> None:
     """A training run stands on one corpus: a source that changed under a home is an error, not half a new home."""
-    for kind, source, role in (("corpus", "corpus", "documents"), ("questions", "questions", "questions")):
-        if not store.names(kind):
+    roles = {"corpus": "documents", "pretrain_corpus": "documents", "questions": "questions"}
+    for kind, role in roles.items():
+        if not store.names(kind) or not store.has_source(kind):
             continue
-        path = store.source(source)
+        path = store.source(kind)
         if read_manifest(store.newest(kind)).sources[role] != file_sha256(path):
             raise DataError(f"{path}: changed since {store.home} was made from it; restore it or pass another --home")
 

@@ -101,7 +101,7 @@ def main(home: Path, run: str) -> int:
             config,
             store=store,
             training_run=run,
-            corpus=store.newest("corpus"),
+            corpus=store.pretraining_corpus(),
             start=store.newest("ict"),
             sink=tracker.sink(run),
             should_stop=(folder / STOP).exists,

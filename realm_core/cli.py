@@ -101,7 +101,7 @@ def pretrain(
         store.config(),
         store=store,
         training_run=run,
-        corpus=corpus or store.newest("corpus"),
+        corpus=corpus or store.pretraining_corpus(),
         start=start or store.newest("ict"),
         until=until,
         sink=NullSink(),

@@ -9,7 +9,14 @@ from realm_core.artifacts.store import Store
 
 bootstrap = dg.define_asset_job(
     "bootstrap",
-    selection=["corpus_shards", "question_sets", "ict_checkpoint", "sparse_reader", "sparse_result"],
+    selection=[
+        "corpus_shards",
+        "pretraining_shards",
+        "question_sets",
+        "ict_checkpoint",
+        "sparse_reader",
+        "sparse_result",
+    ],
     description="From raw documents to the warm start: shards, questions, ICT checkpoint and the sparse baseline.",
 )
 

@@ -2,7 +2,7 @@
 
 home/
   home.json                 schema, settings and sources of this home
-  corpus/v0001 …            also questions/ ict/ sparse_readers/: versions in the order they were made
+  corpus/v0001 …            also pretrain_corpus/ questions/ ict/ sparse_readers/: versions in the order they were made
   checkpoints/RUN-s0000500  also snapshots/ indexes/ verdicts/ evaluations/ readers/ results/: by checkpoint
   live.json                 the index version that answers; live.history.jsonl, every move it made
   trainer/RUN/              lease, step log and index swaps of a training run
@@ -26,7 +26,7 @@ from realm_core.config import Config, config_from
 from realm_core.errors import ArtifactError, ConfigError
 
 SCHEMA = 1
-VERSIONED = ("corpus", "questions", "ict", "sparse_readers")
+VERSIONED = ("corpus", "pretrain_corpus", "questions", "ict", "sparse_readers")
 BY_CHECKPOINT = ("checkpoints", "snapshots", "indexes", "verdicts", "evaluations", "readers", "results")
 _VERSION = re.compile(r"^v\d{4,}$")
 _RUN = re.compile(r"[a-z0-9][a-z0-9_]*")
@@ -137,8 +137,14 @@ class Store:
         return config_from(self.settings()["config"], where=str(self.home / "home.json"))
 
     def source(self, name: str) -> Path:
-        """A raw input of this home: `corpus` or `questions`."""
-        return Path(self.settings()["sources"][name])
+        """A raw input of this home: `corpus`, `questions`, or `pretrain_corpus`. Raises ConfigError if it has none such."""
+        sources = self.settings()["sources"]
+        if name not in sources:
+            raise ConfigError(f"{self.home}: made without a source named {name}; it has {', '.join(sources) or 'none'}")
+        return Path(sources[name])
+
+    def has_source(self, name: str) -> bool:
+        return name in self.settings()["sources"]
 
     # --- artifacts -----------------------------------------------------------------------------------------------
 
@@ -167,6 +173,10 @@ class Store:
         if not names:
             raise ArtifactError(f"{self.home}: no {kind} yet; materialise it first")
         return self.path(kind, names[-1])
+
+    def pretraining_corpus(self) -> Path:
+        """Where masked queries are drawn from: a corpus of its own if this home has one, else the one retrieved from."""
+        return self.newest("pretrain_corpus" if self.has_source("pretrain_corpus") else "corpus")
 
     def version_for(self, kind: str, plan: Plan) -> Path:
         """The newest version if it is the result of `plan`, else the folder of the next version.

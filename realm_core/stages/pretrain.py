@@ -43,7 +43,6 @@ def run(
     Step 0 is a checkpoint of its own, equal to the warm start, so that the first index is made like every other.
     Returns the manifest of the last checkpoint. Raises RealmError if no index goes live in time.
     """
-    config.require_fits(len(Corpus.open(corpus)), "pretrain.candidates")
     last = config.pretrain.steps if until is None else until
     if not store.checkpoints(training_run):
         _publish_start(config, store, training_run, corpus, start)
@@ -65,7 +64,12 @@ class _Run:
         self.sink = FanOutSink(JsonLinesSink(self.folder / STEPS), sink)
         self.device = resolve(config.runtime, shared=True)
         model = RealmModel.load(newest).to(self.device.torch_device)
-        self.trainer = RealmTrainer(config, model, Corpus.open(corpus), self.device)
+        queries = Corpus.open(corpus)
+        if queries.tokenizer.digest != model.tokenizer.digest:
+            raise ArtifactError(
+                f"{corpus}: other vocabulary than {newest}; build it with --vocabulary of the first corpus"
+            )
+        self.trainer = RealmTrainer(config, model, queries, self.device)
         if optimizer_file(newest).exists():
             load_optimizer_tensors(self.trainer.updater.optimizer, load_file(optimizer_file(newest)))
         self.follower = IndexFollower(store, self.folder, self.device, warn=self._warn)

@@ -58,6 +58,7 @@ class RealmTrainer:
         if not queries:
             return {}
         # As many as candidates although null takes a place: the block a query came from is dropped (language/realm).
+        self.config.require_fits(len(index.corpus), "pretrain.candidates")
         retrieved = index.search([query.token_ids for query in queries], settings.candidates, lengths.query)
         own = self.corpus.block_ids[[query.row for query in queries]]
         batch = realm_batch(

@@ -13,12 +13,13 @@ from orchestration.defs import jobs
 
 PARENTS = {
     "corpus_shards": set(),
+    "pretraining_shards": {"corpus_shards"},
     "question_sets": set(),
     "ict_checkpoint": {"corpus_shards"},
     "sparse_reader": {"ict_checkpoint", "corpus_shards", "question_sets"},
     "sparse_result": {"sparse_reader", "corpus_shards", "question_sets"},
     "live_index_pointer": set(),
-    "realm_checkpoint": {"ict_checkpoint", "corpus_shards", "live_index_pointer"},
+    "realm_checkpoint": {"ict_checkpoint", "corpus_shards", "pretraining_shards", "live_index_pointer"},
     "embedding_snapshot": {"realm_checkpoint", "corpus_shards"},
     "mips_index": {"embedding_snapshot", "realm_checkpoint", "corpus_shards"},
     "qa_eval": {"mips_index", "realm_checkpoint", "sparse_reader", "question_sets"},
@@ -62,7 +63,14 @@ def test_every_job_selects_its_assets_by_string() -> None:
         if job.name != "start_training"
     }
     assert selected == {
-        "bootstrap": {"corpus_shards", "question_sets", "ict_checkpoint", "sparse_reader", "sparse_result"},
+        "bootstrap": {
+            "corpus_shards",
+            "pretraining_shards",
+            "question_sets",
+            "ict_checkpoint",
+            "sparse_reader",
+            "sparse_result",
+        },
         "refresh_index": {"embedding_snapshot", "mips_index", "qa_eval", "promoted_index"},
         "finetune": {"qa_reader", "qa_result"},
     }

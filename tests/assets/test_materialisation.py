@@ -11,6 +11,7 @@ from dagster import AssetKey
 
 from orchestration.definitions import defs
 from realm_core.artifacts.store import Store
+from realm_core.config import load_config
 from realm_core.errors import DataError
 from realm_core.ports import MemorySink, Tracker
 from realm_core.stages import qualify, reembed
@@ -263,3 +264,40 @@ def test_a_fault_of_the_machine_is_tried_once_more(world: World, monkeypatch: py
     monkeypatch.setattr(reembed, "run", flaky)
     assert world.materialise("embedding_snapshot", key=START).success
     assert len(calls) == 2
+
+
+def test_queries_come_from_a_corpus_of_their_own_where_the_home_has_one(empty_store: Store, tmp_path: Path) -> None:
+    news, _ = worlds.sources(tmp_path / "news", articles=8)
+    settings = empty_store.settings()
+    sources = {**settings["sources"], "pretrain_corpus": str(news)}
+    store = Store.create(empty_store.home, empty_store.config(), sources, "tiny")
+    world = World(store, dg.DagsterInstance.ephemeral())
+    assert world.materialise("corpus_shards", "pretraining_shards", "ict_checkpoint").success
+    made = store.manifest("pretrain_corpus", "v0001")
+    assert data_version(world.newest_event("pretraining_shards")) == made.digest
+    assert made.files["vocab.txt"] == store.manifest("corpus", "v0001").files["vocab.txt"]
+    assert world.materialise("realm_checkpoint", key=START).success
+    assert store.manifest("checkpoints", START).parents["corpus"] == made.digest
+    assert world.materialise(*REFRESH[:2], key=START).success
+    assert store.manifest("indexes", START).parents["corpus"] == store.manifest("corpus", "v0001").digest
+
+
+def test_a_home_with_one_corpus_materialises_no_second(empty_store: Store) -> None:
+    world = World(empty_store, dg.DagsterInstance.ephemeral())
+    result = world.materialise("corpus_shards", "pretraining_shards", "ict_checkpoint")
+    assert result.success
+    assert not result.asset_materializations_for_node("pretraining_shards")
+    assert empty_store.pretraining_corpus() == empty_store.newest("corpus")
+
+
+def test_a_corpus_smaller_than_a_beam_is_refused_before_training(empty_store: Store) -> None:
+    short = Store.create(
+        empty_store.home,
+        load_config(None, "tiny", ["reader.searcher_beam=5000"]),
+        empty_store.settings()["sources"],
+        "tiny",
+    )
+    result = World(short, dg.DagsterInstance.ephemeral()).materialise("corpus_shards", "ict_checkpoint")
+    assert not result.success
+    assert "reader.searcher_beam=5000: more than the" in failures(result)["corpus_shards"]
+    assert short.names("ict") == []

@@ -68,7 +68,7 @@ def seen(page: Any, text: str | re.Pattern[str]) -> None:
 @pytest.mark.parametrize(
     ("group", "nouns"),
     [
-        ("corpus", ["corpus_shards", "question_sets"]),
+        ("corpus", ["corpus_shards", "pretraining_shards", "question_sets"]),
         ("train", ["ict_checkpoint", "realm_checkpoint", "live_index_pointer"]),
         ("index", ["embedding_snapshot", "mips_index", "realm_checkpoint", "promoted_index"]),
         ("evaluate", ["qa_eval", "sparse_reader", "qa_result", "sparse_result"]),
