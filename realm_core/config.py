@@ -104,6 +104,9 @@ class WarmupConfig(Section):
     lr: float = Field(1e-4, gt=0)
     null_rate: float = Field(0.25, ge=0, le=1)  # share of examples read beside the null document
     span_rate: float = Field(0.5, ge=0, le=1)  # share of examples with salient spans; the rest mask random tokens
+    probe_queries: PositiveInt = 128  # held-out sentences that show whether a document helps
+    probe_every: int = Field(0, ge=0)  # steps between two looks; 0 looks at the end only
+    ready_gain: float | None = None  # nats a masked wordpiece gained from the right document that end the warm-up early
 
 
 class PretrainConfig(Section):
@@ -121,6 +124,12 @@ class PretrainConfig(Section):
     keep: int = Field(5, ge=2)  # rolling checkpoints kept beside the best and everything still in use
     checkpointing: bool = False  # gradient checkpointing
     max_nan_steps: PositiveInt = 3  # non-finite losses in a row that end the run
+    guard_window: PositiveInt = 50  # steps over which p(null) is averaged to notice a collapse
+    max_null_probability: float = Field(0.95, gt=0, le=1)  # a higher mean ends the run; 1 switches the guard off
+    trivial: Literal["uid", "near_duplicate"] = "uid"  # candidates dropped as too easy; uid: released code
+    near_duplicate_share: float = Field(
+        0.5, gt=0, le=1
+    )  # of the shorter text's 8-wordpiece shingles that both texts hold
     index_wait_seconds: float = Field(3600, gt=0)  # how long step 0 waits for a first live index
 
 

@@ -10,7 +10,7 @@ from assets.checkpoint import checkpoint_event
 from assets.partitions import REALM_CKPT
 from orchestration import reaper
 from orchestration.defs.jobs import refresh_index
-from realm_core.artifacts.store import PRUNED, Store, parse_key
+from realm_core.artifacts.store import Store, parse_key
 from realm_core.config import RefreshConfig
 from realm_core.errors import RealmError
 
@@ -106,7 +106,7 @@ def _requests(
         for key in (group if backlog == "all" else group[-1:])
         if key > asked.get(run, "")
         and not store.has("verdicts", key)
-        and not (store.path("checkpoints", key) / PRUNED).exists()
+        and not (store.is_pruned(key) or store.is_quarantined(key))
     ]
     if wanted and backlog == "newest":
         busy = _runs_being_refreshed(context.instance)

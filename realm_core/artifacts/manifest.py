@@ -12,6 +12,7 @@ from realm_core.errors import ArtifactError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 PRUNED = "pruned.json"  # stands beside the manifest of an artifact whose files retention has dropped
+QUARANTINED = "quarantined.json"  # stands beside the manifest of a checkpoint that nobody should go on from
 _CHUNK = 1 << 20
 
 

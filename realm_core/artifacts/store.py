@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from realm_core.artifacts.manifest import MANIFEST, PRUNED, Manifest, Plan, read_manifest
+from realm_core.artifacts.manifest import MANIFEST, PRUNED, QUARANTINED, Manifest, Plan, read_manifest
 from realm_core.artifacts.publish import append_durably, operator_error, read_json_lines, write_durably
 from realm_core.config import Config, config_from
 from realm_core.errors import ArtifactError, ConfigError
@@ -210,12 +210,25 @@ class Store:
         return found
 
     def checkpoints(self, run: str) -> list[str]:
-        """Keys of a run's checkpoints whose weights are still there, oldest first."""
+        """Keys of a run's checkpoints that can be gone on from, oldest first: weights are there and nobody warns of them."""
         return [
             key
             for key in self.names("checkpoints")
-            if parse_key(key)[0] == run and not (self.path("checkpoints", key) / PRUNED).exists()
+            if parse_key(key)[0] == run and not (self.is_pruned(key) or self.is_quarantined(key))
         ]
+
+    def is_pruned(self, checkpoint: str) -> bool:
+        """Whether retention has dropped the weights."""
+        return (self.path("checkpoints", checkpoint) / PRUNED).exists()
+
+    def is_quarantined(self, checkpoint: str) -> bool:
+        """Whether it is set aside: neither resumed from nor refreshed nor promoted, but kept for whoever asks why."""
+        return (self.path("checkpoints", checkpoint) / QUARANTINED).exists()
+
+    def quarantine(self, checkpoint: str, reason: str) -> None:
+        """Set a checkpoint aside."""
+        mark = self.path("checkpoints", checkpoint) / QUARANTINED
+        write_durably(mark, json.dumps({"reason": reason, "time": time.time()}) + "\n")
 
     def runs(self) -> list[str]:
         """Training runs that have left a checkpoint or a trainer folder."""
@@ -325,7 +338,7 @@ class Store:
 
 def _drop_files(folder: Path) -> None:
     for entry in folder.iterdir():
-        if entry.name not in (MANIFEST, PRUNED):
+        if entry.name not in (MANIFEST, PRUNED, QUARANTINED):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 

@@ -4,10 +4,36 @@ from collections.abc import Sequence
 from typing import NamedTuple, SupportsIndex
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, Integer
 from numpy import ndarray
 
 NULL_ROW = -1  # stands for the null document, which is in no index
+
+
+_SHINGLE = 8  # wordpieces: long enough that two texts do not share it by chance
+
+
+def near_duplicates(a: Integer[ndarray, "A"], b: Integer[ndarray, "B"], share: float) -> bool:
+    """Whether so much of the shorter text stands in the other, measured in runs of 8 wordpieces.
+
+    A copy with another title, or a news item that was sent twice, has another identity than the block a query came from and
+    gives the answer away all the same. The original code keeps those; news corpora are full of them.
+    """
+    shingles = [_shingles(ids) for ids in (a, b)]
+    shorter, longer = sorted(shingles, key=len)
+    return bool(len(shorter)) and float(np.isin(shorter, longer).mean()) >= share
+
+
+def _shingles(ids: Integer[ndarray, "T"]) -> ndarray:
+    """One 64-bit hash a distinct run of wordpieces."""
+    if len(ids) < _SHINGLE:
+        return np.empty(0, dtype=np.uint64)
+    runs = np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint64), _SHINGLE)
+    factors = np.array([pow(_PRIME, power, 1 << 64) for power in range(_SHINGLE)], dtype=np.uint64)
+    return np.unique((runs * factors).sum(axis=1, dtype=np.uint64))
+
+
+_PRIME = 0x9E3779B97F4A7C15
 
 
 class Candidates(NamedTuple):

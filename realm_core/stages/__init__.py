@@ -7,7 +7,7 @@ This module stays free of heavy imports: orchestration reads the code versions w
 CODE = {
     "corpus": "2",
     "questions": "2",
-    "ict": "1",
+    "ict": "2",
     "pretrain": "1",
     "reembed": "1",
     "index": "1",

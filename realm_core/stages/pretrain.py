@@ -6,6 +6,7 @@ The one stage whose output is a series: each checkpoint is an artifact of its ow
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -14,14 +15,16 @@ from realm_core.artifacts.publish import building, read_json_lines
 from realm_core.artifacts.store import Store, checkpoint_key, parse_key
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
-from realm_core.errors import ArtifactError
+from realm_core.errors import ArtifactError, RealmError
 from realm_core.model.bundle import RealmModel
 from realm_core.model.device import resolve
 from realm_core.ports import FanOutSink, JsonLinesSink, MetricSink, Progress
 from realm_core.stages import CODE
 from realm_core.train.follower import IndexFollower
+from realm_core.train.guard import CollapseError, CollapseGuard
 from realm_core.train.loop import RealmTrainer, optimizer_file, run_steps
 from realm_core.train.optimizer import load_optimizer_tensors, optimizer_tensors
+from realm_core.train.update import DivergedError
 
 SECTIONS = ("runtime", "model", "lengths", "optimizer", "pretrain")
 STEPS = "steps.jsonl"
@@ -48,6 +51,7 @@ def run(
         _publish_start(config, store, training_run, corpus, start)
     newest = store.path("checkpoints", store.checkpoints(training_run)[-1])
     manifest = open_artifact(newest, "pretrain")
+    _require_not_collapsed(store, training_run, manifest.facts["step"])
     first = int(manifest.facts["step"])
     if first >= last:
         return manifest
@@ -73,23 +77,59 @@ class _Run:
         if optimizer_file(newest).exists():
             load_optimizer_tensors(self.trainer.updater.optimizer, load_file(optimizer_file(newest)))
         self.follower = IndexFollower(store, self.folder, self.device, warn=self._warn)
+        self.guard = CollapseGuard(config.pretrain.guard_window, config.pretrain.max_null_probability)
         self.window: list[dict[str, float]] = []
         self.since = 0
         self.bar = Progress(f"pretrain {name}", config.pretrain.steps)
 
     def train(self, first: int, last: int, should_stop: Callable[[], bool]) -> Manifest:
         self.since = first
-        ran_before = [row["step"] for row in read_json_lines(self.folder / STEPS)]
-        self.follower.resume(first, max(ran_before, default=first))
+        rows = read_json_lines(self.folder / STEPS)
+        self.follower.resume(first, max((row["step"] for row in rows), default=first))
+        self._remember({row["step"]: row for row in rows if row["step"] <= first})
         if self.follower.wait_for_first(self.config.pretrain.index_wait_seconds, should_stop):
-            run_steps(
-                self.trainer, first, last, index_at=self.follower.at, after=self._after_step, should_stop=should_stop
-            )
+            try:
+                run_steps(
+                    self.trainer,
+                    first,
+                    last,
+                    index_at=self.follower.at,
+                    after=self._after_step,
+                    should_stop=should_stop,
+                )
+            except CollapseError as problem:
+                raise RealmError(f"{problem}; {self._fall_back(str(problem))}") from None
+            except DivergedError as problem:
+                raise RealmError(
+                    f"{problem}; the last good checkpoint is {self.newest.name}, lower the rates"
+                ) from None
         return read_manifest(self.newest)
+
+    def _remember(self, before: dict[int, dict[str, Any]]) -> None:
+        """What an earlier process saw: the guard's window, and steps without update in a row."""
+        for step in sorted(before):
+            self.guard.observe(step, before[step])
+        skipped = [bool(before[step].get("skipped")) for step in sorted(before, reverse=True)]
+        self.trainer.updater.nan_steps = skipped.index(False) if False in skipped else len(skipped)
+
+    def _fall_back(self, reason: str) -> str:
+        """Set aside the checkpoints on the way down; says from which one to go on."""
+        keys = self.store.checkpoints(self.name)
+        good = [key for key in keys if self.guard.trusts(self.store.manifest("checkpoints", key).facts["metrics"])]
+        for key in keys[keys.index(good[-1]) + 1 :]:
+            self.store.quarantine(key, reason)
+        live = self.store.live()
+        stale = live is not None and parse_key(live.index)[0] == self.name and live.index > good[-1]
+        return (
+            f"the last good checkpoint is {good[-1]}, later ones are set aside"
+            + (f", and the live {live.index} is one of those: promote an earlier version" if live and stale else "")
+            + "; warm the encoder up longer or lower pretrain.embedder_lr, in another --home"
+        )
 
     def _after_step(self, done: int, metrics: dict[str, float]) -> None:
         self.window.append(metrics)
         self.sink.log(done, metrics)
+        self.guard.observe(done, metrics)
         self.bar.update(done, f"loss {metrics.get('loss', float('nan')):.3f} age {metrics['index_age']:.0f}")
         if done % self.config.pretrain.checkpoint_every == 0 or done == self.config.pretrain.steps:
             self._publish(done)
@@ -143,6 +183,15 @@ def _publish_start(config: Config, store: Store, name: str, corpus: Path, start:
 
 def _plan(config: Config, parents: dict[str, Manifest]) -> Plan:
     return Plan(stage="pretrain", code=CODE["pretrain"], config_digest=config.digest(*SECTIONS), parents=parents)
+
+
+def _require_not_collapsed(store: Store, run: str, step: int) -> None:
+    for key in store.names("checkpoints"):
+        if parse_key(key)[0] == run and parse_key(key)[1] > step and store.is_quarantined(key):
+            raise RealmError(
+                f"{store.path('checkpoints', key)}: set aside after a collapse, and the same settings would collapse again; "
+                f"the last good one is {checkpoint_key(run, step)}; train with other settings in another --home"
+            )
 
 
 def _require_same_settings(folder: Path, manifest: Manifest, config: Config) -> None:

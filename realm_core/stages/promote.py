@@ -44,8 +44,10 @@ def _require_verdict(config: Config, store: Store, name: str, index: Manifest) -
 
 
 def _require_query_tower(store: Store, name: str) -> Manifest:
-    """The checkpoint whose query tower the version is asked with: there, and unaltered."""
+    """The checkpoint whose query tower the version is asked with: there, unaltered, and not set aside."""
     folder = store.parent(store.path("indexes", name), "checkpoint")
+    if store.is_quarantined(folder.name):
+        raise GateError(f"{name}: its checkpoint {folder.name} is quarantined; promote an earlier version")
     checkpoint = read_manifest(folder)
     verify_files(folder, checkpoint, only=EMBEDDER)
     return checkpoint

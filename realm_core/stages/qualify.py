@@ -63,7 +63,9 @@ def examine(
     # An altered file is never opened: recall is then reported as 0.
     readable = complete is None and checksum is None
     recall = _recall(config, index, snapshot_of(snapshot, blocks)) if readable else 0.0
-    null = read_manifest(checkpoint).facts["metrics"].get("null_probability")
+    trained = read_manifest(checkpoint).facts["metrics"]
+    # Where every step since the last checkpoint was skipped, nothing is known of the retriever: that does not pass.
+    null = trained.get("null_probability", 1.0 if "skipped" in trained else None)
     return {
         "no_missing_shard": {"passed": complete is None, "found": complete or f"{len(blocks.shards)} shards"},
         "checksum": {"passed": checksum is None, "found": checksum or "all bytes as recorded"},

@@ -1,6 +1,6 @@
 """From masked queries and retrieved rows to the tensors of one REALM step (Guu et al. 2020, figure 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,13 +48,21 @@ def draw_queries(
 
 
 def choose_candidates(
-    corpus: Corpus, origins: Sequence[str] | np.ndarray, retrieved: Integer[np.ndarray, "B k"], count: int
+    corpus: Corpus,
+    origins: Sequence[str] | np.ndarray,
+    retrieved: Integer[np.ndarray, "B k"],
+    count: int,
+    near_duplicate_of: Callable[[int, int], bool] = lambda number, row: False,
 ) -> list[np.ndarray]:
-    """Rows of the documents each query is read with: null first, its own block (by identity) never, equal texts once."""
-    return [
-        select_candidates(found, str(origin), [str(x) for x in corpus.block_ids[found]], count).rows
-        for origin, found in zip(origins, retrieved, strict=True)
-    ]
+    """Rows of the documents each query is read with: null first, its own block (by identity) never, equal texts once.
+
+    `near_duplicate_of(number, row)` says of a retrieved row whether it repeats the block that query `number` came from.
+    """
+    chosen = []
+    for number, (origin, found) in enumerate(zip(origins, retrieved, strict=True)):
+        kept = np.array([row for row in found if not near_duplicate_of(number, int(row))], dtype=np.int64)
+        chosen.append(select_candidates(kept, str(origin), [str(x) for x in corpus.block_ids[kept]], count).rows)
+    return chosen
 
 
 def realm_batch(

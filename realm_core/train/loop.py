@@ -1,7 +1,7 @@
 """REALM pre-training: steps, index swaps at their borders, rolling checkpoints (Guu et al. 2020, section 3)."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import torch
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.data.batches import rng_for_step, rows_for_step
+from realm_core.data.candidates import near_duplicates
+from realm_core.data.masking import MaskedQuery
 from realm_core.errors import DataError
 from realm_core.index.version import IndexVersion
 from realm_core.model.bundle import RealmModel
@@ -57,14 +59,13 @@ class RealmTrainer:
         )
         if not queries:
             return {}
-        # As many as candidates although null takes a place: the block a query came from is dropped (language/realm).
         self.config.require_fits(len(index.corpus), "pretrain.candidates")
-        retrieved = index.search([query.token_ids for query in queries], settings.candidates, lengths.query)
+        retrieved = index.search([query.token_ids for query in queries], self._width(index), lengths.query)
         own = self.corpus.block_ids[[query.row for query in queries]]
         batch = realm_batch(
             index.corpus,
             queries,
-            choose_candidates(index.corpus, own, retrieved, settings.candidates),
+            choose_candidates(index.corpus, own, retrieved, settings.candidates, self._repeats(queries, index.corpus)),
             query_len=lengths.query,
             doc_len=lengths.document,
             tokenizer=self.model.tokenizer,
@@ -75,6 +76,20 @@ class RealmTrainer:
         result = realm_step(self.model, batch, settings.marginal, self.device)
         updated = self.updater.apply(result.loss, step)
         return result.metrics if updated else {"skipped": 1.0}
+
+    def _width(self, index: IndexVersion) -> int:
+        """How many blocks to ask for: as many as candidates although null takes a place, because the block a query came
+        from is dropped (original code: language/realm); more where near-duplicates are dropped too."""
+        wanted = self.config.pretrain.candidates
+        return min(len(index.corpus), 2 * wanted) if self.config.pretrain.trivial == "near_duplicate" else wanted
+
+    def _repeats(self, queries: Sequence[MaskedQuery], documents: Corpus) -> Callable[[int, int], bool]:
+        """Whether a document repeats the block that a query (by number) came from; never, if only identity counts."""
+        settings = self.config.pretrain
+        if settings.trivial == "uid":
+            return lambda number, row: False
+        own = [self.corpus.token_ids(query.row) for query in queries]
+        return lambda number, row: near_duplicates(own[number], documents.token_ids(row), settings.near_duplicate_share)
 
 
 def usable_rows(corpus: Corpus, masking: str) -> np.ndarray:

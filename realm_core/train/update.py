@@ -17,6 +17,10 @@ def seed_of(*labels: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+class DivergedError(RealmError):
+    """Loss or gradient were not finite several times in a row."""
+
+
 class Updater:
     """Optimiser, schedule, clipping, and the rule for losses that are not finite."""
 
@@ -44,7 +48,7 @@ class Updater:
     def apply(self, loss: Tensor, step: int) -> bool:
         """Update from `loss` at `step` (from 0). A loss or gradient that is not finite skips the step and returns False.
 
-        Raises RealmError after `max_nan_steps` skipped steps in a row.
+        Raises DivergedError after `max_nan_steps` skipped steps in a row.
         """
         set_learning_rate(self.optimizer, step, self.warmup, self.total)
         self.optimizer.zero_grad(set_to_none=True)
@@ -59,8 +63,5 @@ class Updater:
             return True
         self.nan_steps += 1
         if self.nan_steps >= self.max_nan_steps:
-            raise RealmError(
-                f"step {step}: loss or gradient not finite {self.nan_steps} times in a row; "
-                "lower the learning rate and resume from the last checkpoint"
-            )
+            raise DivergedError(f"step {step}: loss or gradient not finite {self.nan_steps} times in a row")
         return False

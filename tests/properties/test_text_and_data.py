@@ -14,7 +14,7 @@ from realm_core.corpus.readers import Document
 from realm_core.corpus.shards import Corpus, write_shards
 from realm_core.data.answers import gold_spans
 from realm_core.data.batches import rows_for_step
-from realm_core.data.candidates import NULL_ROW, select_candidates
+from realm_core.data.candidates import NULL_ROW, near_duplicates, select_candidates
 from realm_core.data.formats import document_inputs, joint_inputs, reader_inputs
 from realm_core.data.ict import ict_example
 from realm_core.data.masking import masked_query
@@ -244,3 +244,28 @@ def test_the_order_at_a_step_needs_no_history(step: int) -> None:
     assert rows_for_step(97, 97, step, 5).tolist() != rows_for_step(97, 97, step + 1, 5).tolist()
     with pytest.raises(ValueError, match="step=-1"):
         rows_for_step(97, 8, -1, 5)
+
+
+WORDPIECES = st.lists(st.integers(5, 30_000), min_size=8, max_size=60, unique=True).map(np.array)
+
+
+@given(WORDPIECES, WORDPIECES, st.floats(0.01, 1))
+def test_a_text_repeats_itself_and_whatever_holds_it(a: np.ndarray, b: np.ndarray, share: float) -> None:
+    assert near_duplicates(a, a, share)
+    assert near_duplicates(a, np.concatenate([b, a]), share)
+    assert near_duplicates(a, b, share) == near_duplicates(b, a, share)
+
+
+@given(WORDPIECES, st.integers(1, 7))
+def test_texts_without_a_common_run_or_too_short_for_one_do_not_repeat_each_other(a: np.ndarray, length: int) -> None:
+    assert not near_duplicates(a, a + 40_000, 0.01)
+    assert not near_duplicates(a[:length], a, 0.01)
+
+
+@given(WORDPIECES.filter(lambda ids: len(ids) >= 40))
+def test_half_a_copy_counts_at_half_and_not_above(a: np.ndarray) -> None:
+    runs = len(a) - 7
+    other = np.concatenate([a[: len(a) // 2], a[len(a) // 2 :] + 40_000])
+    shared = (len(a) // 2 - 7) / runs
+    assert near_duplicates(a, other, shared)
+    assert not near_duplicates(a, other, shared + 1.5 / runs)

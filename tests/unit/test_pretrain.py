@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from realm_core.artifacts.manifest import MANIFEST, Manifest, file_sha256, read_manifest
 from realm_core.artifacts.publish import read_json_lines
 from realm_core.artifacts.store import Store, checkpoint_key
-from realm_core.errors import ArtifactError, RealmError
+from realm_core.errors import ArtifactError, GateError, RealmError
 from realm_core.model.bundle import EMBEDDER, ENCODER
 from realm_core.ports import MemorySink, MetricSink, NullSink
 from realm_core.stages import pretrain, promote
@@ -258,6 +258,53 @@ def test_weights_that_are_not_finite_end_the_run_with_the_next_move(home: Store)
     made = read_manifest(home.path("ict", "v0001"))
     made = replace(made, files={**made.files, ENCODER: file_sha256(path)})
     (home.path("ict", "v0001") / MANIFEST).write_text(made.to_json(), encoding="utf-8")
-    with pytest.raises(RealmError, match="step 2: loss or gradient not finite 3 times in a row; lower the learning"):
+    told = (
+        "step 2: loss or gradient not finite 3 times in a row; the last good checkpoint is r2-s0000000, lower the rates"
+    )
+    with pytest.raises(RealmError, match=told):
         train(home, run="r2")
     assert home.checkpoints("r2") == [checkpoint_key("r2", 0)]
+
+
+def test_a_resumed_run_goes_on_counting_steps_without_update(home: Store) -> None:
+    rows = [{"step": 1, "null_probability": 0.2}, {"step": 2, "skipped": 1.0}, {"step": 3, "skipped": 1.0}]
+    rows += [{"step": 4, "skipped": 1.0}, {"step": 5, "null_probability": 0.3}]  # 5 comes after the checkpoint
+    (home.trainer("r1") / pretrain.STEPS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = pretrain._Run(home.config(), home, "r1", home.newest("corpus"), home.path("checkpoints", LATER), NullSink())
+    run.train(4, 12, should_stop=lambda: True)
+    assert run.trainer.updater.nan_steps == 3
+
+
+# --- collapse onto the null document ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def collapsed(home: Store) -> tuple[Store, str]:
+    """A home whose run ended because every p(null) is above a limit that nothing can keep to; and what was said."""
+    set_config(home, ("pretrain", "max_null_probability", 0.01), ("pretrain", "guard_window", 6))
+    with pytest.raises(RealmError) as caught:
+        train(home, run="r2")
+    return home, str(caught.value)
+
+
+def test_a_collapse_ends_the_run_and_names_the_last_good_checkpoint(collapsed: tuple[Store, str]) -> None:
+    home, told = collapsed
+    assert told.startswith("step 6: the retriever has collapsed onto the null document, p(null) 0.")
+    assert "the last good checkpoint is r2-s0000000, later ones are set aside; warm the encoder up longer" in told
+    assert home.checkpoints("r2") == [checkpoint_key("r2", 0)]
+    assert home.is_quarantined(checkpoint_key("r2", 4)) and not home.is_quarantined(checkpoint_key("r2", 0))
+    assert home.has("checkpoints", checkpoint_key("r2", 4))  # kept for whoever asks why
+
+
+def test_a_collapsed_run_is_not_taken_up_again(collapsed: tuple[Store, str]) -> None:
+    home, _ = collapsed
+    with pytest.raises(
+        RealmError, match="r2-s0000004: set aside after a collapse, and the same settings would collapse"
+    ):
+        train(home, run="r2")
+
+
+def test_an_index_of_a_quarantined_checkpoint_cannot_go_live(home: Store) -> None:
+    home.quarantine(LATER, "collapsed")
+    with pytest.raises(GateError, match="its checkpoint r1-s0000004 is quarantined; promote an earlier version"):
+        promote.run(home.config(), store=home, name=LATER)

@@ -1,0 +1,42 @@
+"""The guard against collapse onto the null document."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from realm_core.train.guard import CollapseError, CollapseGuard
+
+P = st.floats(0, 1)
+
+
+@given(st.lists(P, max_size=30), st.integers(1, 10), st.floats(0.05, 1))
+def test_it_stops_at_the_first_full_window_whose_mean_is_above_the_limit(
+    values: list[float], window: int, limit: float
+) -> None:
+    guard = CollapseGuard(window, limit)
+    means = [sum(values[end - window : end]) / window for end in range(window, len(values) + 1)]
+    first = next((place for place, mean in enumerate(means) if mean > limit + 1e-12), None)
+    stopped = None
+    for step, value in enumerate(values, start=1):
+        try:
+            guard.observe(step, {"null_probability": value})
+        except CollapseError:
+            stopped = step
+            break
+    assert stopped == (None if first is None else first + window)
+
+
+def test_steps_without_a_query_or_an_update_say_nothing() -> None:
+    guard = CollapseGuard(2, 0.5)
+    for step, metrics in enumerate(({"null_probability": 0.9}, {}, {"skipped": 1.0})):
+        guard.observe(step, metrics)
+    with pytest.raises(CollapseError, match=r"step 3: .*p\(null\) 0\.900 over 2 steps"):
+        guard.observe(3, {"null_probability": 0.9})
+
+
+def test_a_checkpoint_is_trusted_up_to_half_the_limit_and_the_start_always() -> None:
+    guard = CollapseGuard(5, 0.9)
+    assert guard.trusts({})
+    assert guard.trusts({"null_probability": 0.45})
+    assert not guard.trusts({"null_probability": 0.46})
+    assert not guard.trusts({"skipped": 1.0})
