@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from realm_core.errors import ConfigError
+from realm_core.model.dropout import Dropout
 from realm_core.model.encoder import Encoder, EncoderShape
 
 
@@ -139,7 +140,7 @@ class _Projection(nn.Module):
         super().__init__()
         self.dense = nn.Linear(inputs, outputs)
         self.LayerNorm = nn.LayerNorm(outputs, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, pooled: Tensor) -> Tensor:
         projected: Tensor = self.dropout(self.LayerNorm(self.dense(pooled)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from realm_core.errors import ConfigError
+from realm_core.model.dropout import Dropout, dropout
 
 INIT_STD = 0.02  # standard deviation of every kernel before truncation at two deviations, as in BERT
 PAD_ID = 0  # its word embedding receives no gradient from look-ups
@@ -138,7 +139,7 @@ class _Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(shape.max_positions, shape.hidden_size)
         self.token_type_embeddings = nn.Embedding(shape.segment_types, shape.hidden_size)
         self.LayerNorm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = Dropout(shape.dropout)
 
     def forward(self, token_ids_BL: Tensor, segment_ids_BL: Tensor | None) -> Tensor:
         if segment_ids_BL is None:
@@ -190,18 +191,31 @@ class _SelfAttention(nn.Module):
         self.value = nn.Linear(shape.hidden_size, shape.hidden_size)
 
     def forward(self, asking_BNH: Tensor, hidden_BLH: Tensor, visible_B11L: Tensor | None) -> Tensor:
-        context_BANh = F.scaled_dot_product_attention(
-            self._split(self.query(asking_BNH)),
-            self._split(self.key(hidden_BLH)),
-            self._split(self.value(hidden_BLH)),
-            attn_mask=visible_B11L,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        query_BANh = self._split(self.query(asking_BNH))
+        key_BALh, value_BALh = self._split(self.key(hidden_BLH)), self._split(self.value(hidden_BLH))
+        rate = self.dropout if self.training else 0.0
+        if rate and asking_BNH.device.type == "cpu":
+            context_BANh = _attend_with_dropout(query_BANh, key_BALh, value_BALh, visible_B11L, rate)
+        else:
+            context_BANh = F.scaled_dot_product_attention(
+                query_BANh, key_BALh, value_BALh, attn_mask=visible_B11L, dropout_p=rate
+            )
         return context_BANh.transpose(1, 2).flatten(2)
 
     def _split(self, vectors_BNH: Tensor) -> Tensor:
         batch, length, _ = vectors_BNH.shape
         return vectors_BNH.view(batch, length, self.heads, -1).transpose(1, 2)
+
+
+def _attend_with_dropout(
+    query_BANh: Tensor, key_BALh: Tensor, value_BALh: Tensor, visible_B11L: Tensor | None, rate: float
+) -> Tensor:
+    """Attention step by step. torch has no fused kernel for a processor that drops out, and draws its mask slowly."""
+    scores_BANL = (query_BANh * query_BANh.shape[-1] ** -0.5) @ key_BALh.transpose(-1, -2)
+    if visible_B11L is not None:
+        scores_BANL = scores_BANL.masked_fill(~visible_B11L, float("-inf"))
+    weights_BANL = torch.softmax(scores_BANL, dim=-1, dtype=scores_BANL.dtype)
+    return dropout(weights_BANL, rate) @ value_BALh
 
 
 class _ResidualOutput(nn.Module):
@@ -211,7 +225,7 @@ class _ResidualOutput(nn.Module):
         super().__init__()
         self.dense = nn.Linear(inputs, shape.hidden_size)
         self.LayerNorm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = Dropout(shape.dropout)
 
     def forward(self, inputs: Tensor, residual: Tensor) -> Tensor:
         return cast(Tensor, self.LayerNorm(self.dropout(self.dense(inputs)) + residual))

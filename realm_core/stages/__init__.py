@@ -7,11 +7,11 @@ This module stays free of heavy imports: orchestration reads the code versions w
 CODE = {
     "corpus": "2",
     "questions": "2",
-    "ict": "2",
-    "pretrain": "1",
+    "ict": "3",
+    "pretrain": "2",
     "reembed": "1",
     "index": "1",
     "qualify": "1",
-    "finetune": "2",
+    "finetune": "3",
     "evaluate": "1",
 }
