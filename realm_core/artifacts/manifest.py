@@ -82,7 +82,12 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError):
         raise ArtifactError(f"{path}: not a manifest; remove the folder and run its stage again") from None
     if found != SCHEMA:
-        raise ArtifactError(f"{path}: schema {found}, this code reads {SCHEMA}; use the version that wrote it")
+        record = values.get("record")
+        writer = record.get("version") if isinstance(record, dict) else None
+        raise ArtifactError(
+            f"{path}: schema {found}, written by realm-ops {writer or 'of an unknown version'}, this code reads {SCHEMA}; "
+            "use the version that wrote it"
+        )
     digest = str(values.pop("digest", "nothing"))
     try:
         manifest = Manifest(**values)

@@ -22,13 +22,15 @@ class Embedder(nn.Module):
         shape: EncoderShape,
         projection_size: int = 128,
         projection_eps: float = 1e-12,
-        projection_dropout: float = 0.1,
+        projection_dropout: float | None = None,  # None: that of the encoder
     ) -> None:
         super().__init__()
         if projection_size < 1:
             raise ConfigError(f"embedder projection_size={projection_size}: must be at least 1")
         if not projection_eps > 0.0:
             raise ConfigError(f"embedder projection_eps={projection_eps}: must be positive")
+        if projection_dropout is None:
+            projection_dropout = shape.dropout
         if not 0.0 <= projection_dropout < 1.0:
             raise ConfigError(f"embedder projection_dropout={projection_dropout}: must lie in [0, 1)")
         self.shape = shape
@@ -69,7 +71,7 @@ class Retriever(nn.Module):
         shape: EncoderShape,
         projection_size: int = 128,
         projection_eps: float = 1e-12,
-        projection_dropout: float = 0.1,
+        projection_dropout: float | None = None,  # None: that of the encoder
         *,
         share: bool = True,
     ) -> None:

@@ -215,7 +215,7 @@ def test_an_artifact_of_a_newer_schema_is_refused_with_the_next_move(realm: Call
     path = home.path("indexes", LATER) / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "schema": 99}))
     message = refused(realm("promote", LATER, "--home", home.home))
-    assert "manifest.json: schema 99, this code reads 1; use the version that wrote it" in message
+    assert "manifest.json: schema 99, written by realm-ops" in message
 
 
 def test_missing_weights_are_named_with_what_the_folder_must_hold(
