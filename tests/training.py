@@ -11,6 +11,7 @@ from realm_core.corpus.shards import Corpus
 from realm_core.index.version import IndexVersion, open_version
 from realm_core.model.bundle import RealmModel
 from realm_core.model.device import resolve
+from realm_core.model.dropout import Dropout
 from realm_core.model.world import World
 from realm_core.ports import MemorySink
 from realm_core.train.ict import train_ict
@@ -36,8 +37,8 @@ def lively_model(store: Store, *, dropout: float = 0.0, dtype: torch.dtype = tor
                 if weight.dim() > 1:
                     weight.mul_(5.0)
         for part in module.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = dropout
+            if isinstance(part, Dropout):
+                part.rate = dropout
             elif hasattr(part, "dropout") and isinstance(part.dropout, float):
                 part.dropout = dropout  # of the attention weights
     return model
@@ -97,7 +98,7 @@ def farthest(one: Tensors, other: Tensors) -> float:
 
 
 def note_shapes(*modules: nn.Module, training: bool = True) -> list[tuple[tuple[int, ...], ...]]:
-    """A list that receives the shapes of the tensors the modules are called with from now on, while they train or while they do not."""
+    """A list that receives the shapes of the tensors the modules are called with from now on, training or not."""
     seen: list[tuple[tuple[int, ...], ...]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -30,6 +30,7 @@ from realm_core.train.update import DivergedError
 
 SECTIONS = ("runtime", "model", "lengths", "optimizer", "pretrain")
 STEPS = "steps.jsonl"
+_ALONE = World()
 
 
 def run(
@@ -78,7 +79,14 @@ class _Run:
     """One process's share of a training run: from the newest checkpoint to the last step or a stop."""
 
     def __init__(
-        self, config: Config, store: Store, name: str, corpus: Path, newest: Path, sink: MetricSink, world: World
+        self,
+        config: Config,
+        store: Store,
+        name: str,
+        corpus: Path,
+        newest: Path,
+        sink: MetricSink,
+        world: World = _ALONE,
     ) -> None:
         self.config, self.store, self.name, self.corpus, self.newest = config, store, name, corpus, newest
         self.world = world
