@@ -86,9 +86,13 @@ def realm_trainer(store: Store, config: Config, world: World = ALONE, **model: A
 
 
 def opened_index(store: Store, config: Config, world: World = ALONE) -> IndexVersion:
+    """The home's first index. The vectors of untrained blocks are near ties: queries are embedded in float64, so that what
+    they retrieve does not hang on the rounding that padding costs."""
     made = {"checkpoint": store.path("checkpoints", KEY), "corpus": store.newest("corpus")}
     device = resolve(config.runtime, world=world)
-    return open_version(store.path("indexes", KEY), **made, device=device, world=world)
+    version = open_version(store.path("indexes", KEY), **made, device=device, world=world)
+    version.retriever.double()
+    return version
 
 
 def farthest(one: Tensors, other: Tensors) -> float:

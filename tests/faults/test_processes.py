@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from orchestration import trainer
@@ -97,12 +98,15 @@ from realm_core.index.sharded import ShardedIndex
 from safetensors.torch import save_file
 from tests import training
 
-losses = {}
+losses, exact = {}, {"dtype": torch.float64}
 for name, train, overrides, model in [
     ("ict", training.trained_ict, ["ict.steps=4", "ict.batch=24"], {}),
-    ("ict cached", training.trained_ict, ["ict.steps=4", "ict.batch=24", "ict.micro_batch=3"], {}),
+    ("ict exact", training.trained_ict, ["ict.steps=4", "ict.batch=24"], exact),
+    ("ict cached", training.trained_ict, ["ict.steps=4", "ict.batch=24", "ict.micro_batch=3"], exact),
     ("warmup", training.warmed_up, ["warmup.steps=4"], {}),
+    ("warmup exact", training.warmed_up, ["warmup.steps=4"], exact),
     ("pretrain", training.pretrained, [], {}),
+    ("pretrain exact", training.pretrained, [], exact),
     ("pretrain micro", training.pretrained, ["pretrain.micro_batch=2"], {"dropout": 0.1}),
     ("ict dropout", training.trained_ict, ["ict.steps=3"], {"dropout": 0.1}),
 ]:
@@ -141,12 +145,16 @@ def test_two_processes_train_as_one_does(tiny_home: Store, compared: tuple[Path,
         assert training.farthest(first, alone[0]) <= tolerance, name
         assert losses[name] == pytest.approx(alone[1], rel=1e-5), name
 
-    batch = ("ict.steps=4", "ict.batch=24")
-    whole = training.trained_ict(tiny_home, training.settings(*batch))
-    compare("ict", whole, 1e-6)
-    compare("ict cached", whole, 1e-6)
-    compare("warmup", training.warmed_up(tiny_home, training.settings("warmup.steps=4")), 1e-6)
-    compare("pretrain", training.pretrained(tiny_home, training.settings()), 1e-6)
+    settings, exact = training.settings("ict.steps=4", "ict.batch=24", "warmup.steps=4"), {"dtype": torch.float64}
+    for stage, train in (
+        ("ict", training.trained_ict),
+        ("warmup", training.warmed_up),
+        ("pretrain", training.pretrained),
+    ):
+        compare(stage, train(tiny_home, settings), 1e-5)  # of steps that move weights by up to 1e-2
+        compare(f"{stage} exact", alone := train(tiny_home, settings, **exact), 1e-10)
+        if stage == "ict":
+            compare("ict cached", alone, 1e-10)
     same_parts = training.pretrained(tiny_home, training.settings("pretrain.micro_batch=2"), dropout=0.1)
     compare("pretrain micro", same_parts, 0.0)
     assert len(losses["ict dropout"]) == 3
