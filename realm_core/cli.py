@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a verification failed, 2 something an operator can mend, 1
 """
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -295,7 +296,9 @@ def lineage(
 
 
 def show(manifest: Manifest, as_json: bool) -> None:
-    """Print what a stage made."""
+    """Print what a stage made; of several processes that made it together, the first one does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         print(json.dumps(summary(manifest), ensure_ascii=False))
         return

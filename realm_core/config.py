@@ -31,10 +31,14 @@ class Section(BaseModel):
 class RuntimeConfig(Section):
     """Where and how numbers are computed."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "xla"] = "auto"  # xla: through torch_xla, where that is installed
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor computes in it, else fp32
     threads: int = Field(0, ge=0)  # torch threads of a stage that has the machine for itself; 0 leaves torch's choice
     shared_threads: int = Field(0, ge=0)  # the same while trainer and refresh run side by side
+    # Processes of this machine that ICT and pre-training share their batches among; torchrun's own number goes before it.
+    # Not part of any digest: a run may go on with another number.
+    processes: PositiveInt = 1
+    static_shapes: bool = False  # pad every training batch to its longest possible size instead of trimming it
 
 
 class CorpusConfig(Section):
@@ -87,7 +91,14 @@ class OptimizerConfig(Section):
     clip_norm: float = Field(1.0, gt=0)
 
 
-class IctConfig(Section):
+class InParts(Section):
+    """Of a stage whose steps can be computed in parts: in micro-batches, one after another or in several processes."""
+
+    batch: PositiveInt
+    micro_batch: PositiveInt | None = None  # examples in one forward pass; None: a process's whole share of the batch
+
+
+class IctConfig(InParts):
     """Inverse cloze task: a sentence finds the block it came from."""
 
     steps: PositiveInt = 100_000
@@ -96,7 +107,7 @@ class IctConfig(Section):
     mask_rate: float = Field(0.9, ge=0, le=1)  # share of pairs whose sentence is taken out of the block
 
 
-class WarmupConfig(Section):
+class WarmupConfig(InParts):
     """Masked-LM warm-up of the encoder on (masked sentence + a document that helps, or the null document)."""
 
     steps: int = Field(0, ge=0)  # 0: the weights bring a trained MLM head
@@ -109,7 +120,7 @@ class WarmupConfig(Section):
     ready_gain: float | None = None  # nats a masked wordpiece gained from the right document that end the warm-up early
 
 
-class PretrainConfig(Section):
+class PretrainConfig(InParts):
     """REALM pre-training: retriever and encoder learn together."""
 
     steps: PositiveInt = 200_000
@@ -230,6 +241,13 @@ class Config(Section):
             raise ValueError(
                 f"model.hidden_size={self.model.hidden_size} is not a multiple of model.heads={self.model.heads}; change one"
             )
+        for section in ("ict", "warmup", "pretrain"):
+            micro_batches(getattr(self, section), section, self.runtime.processes)
+        if self.runtime.device == "xla" and self.runtime.processes > 1:
+            raise ValueError(
+                f"runtime.processes={self.runtime.processes} with runtime.device=xla: XLA trains in one process; "
+                "set it to 1, or choose cpu or cuda"
+            )
         return self
 
     def require_fits(self, blocks: int, *settings: str) -> None:
@@ -249,8 +267,31 @@ class Config(Section):
     def digest(self, *sections: str) -> str:
         """sha256 of the named sections and the seed: what a stage's result depends on."""
         values = self.model_dump(mode="json")
+        values["runtime"].pop("processes")  # who computes a micro-batch changes the rounding of sums and nothing else
         chosen = {name: values[name] for name in ("seed", *sections)}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def micro_batches(settings: InParts, section: str, processes: int) -> int:
+    """In how many forward and backward passes a step is computed, all processes together.
+
+    Raises ValueError unless the batch is a whole number of micro-batches and every process gets equally many.
+    """
+    batch, micro = settings.batch, settings.micro_batch
+    if batch % processes:
+        raise ValueError(f"{section}.batch={batch} is not a multiple of {processes} processes; change one of them")
+    if micro is None:
+        return processes
+    if batch % micro:
+        raise ValueError(
+            f"{section}.batch={batch} is not a multiple of {section}.micro_batch={micro}; change one of them"
+        )
+    if batch // micro % processes:
+        raise ValueError(
+            f"{section}.batch={batch} makes {batch // micro} micro-batches of {micro}, which {processes} processes "
+            f"cannot share evenly; lower {section}.micro_batch"
+        )
+    return batch // micro
 
 
 def load_config(params: Path | None = None, profile: str = "demo", overrides: Sequence[str] = ()) -> Config:

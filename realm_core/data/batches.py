@@ -1,10 +1,15 @@
 """The order in which rows are visited, as a function of (seed, step): nothing to save, nothing to skip on resume."""
 
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int64
 from numpy import ndarray
+
+T = TypeVar("T")
 
 
 def rows_for_step(n: int, batch: int, step: int, seed: int) -> Int64[ndarray, "B"]:
@@ -33,3 +38,9 @@ def _permutation(n: int, epoch: int, seed: int) -> Int64[ndarray, "N"]:
 def rng_for_step(seed: int, step: int, purpose: int = 0) -> np.random.Generator:
     """The generator of a step's random choices; `purpose` keeps independent choices apart."""
     return np.random.default_rng([seed, step, purpose])
+
+
+def split_evenly(items: Sequence[T], parts: int) -> list[Sequence[T]]:
+    """`parts` contiguous runs whose lengths differ by one at most; some are empty where there are too few items."""
+    ends = [len(items) * part // parts for part in range(parts + 1)]
+    return [items[low:high] for low, high in pairwise(ends)]

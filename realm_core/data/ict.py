@@ -53,6 +53,10 @@ def ict_example(block: TokenBlock, rng: np.random.Generator, mask_rate: float = 
     return IctExample(token_ids[start:stop], np.asarray(block.title_ids), body, removed)
 
 
+_NO_IDS = np.empty(0, dtype=np.int64)
+_EMPTY = IctExample(_NO_IDS, _NO_IDS, _NO_IDS, removed=False)
+
+
 def ict_inputs(example: IctExample, query_len: int, block_len: int, special: SpecialIds) -> tuple[Inputs, Inputs]:
     """(query, document) sequences; the title stands on the document side only."""
     return (
@@ -71,26 +75,43 @@ def ict_batch(
     mask_rate: float = 0.9,
     trim: bool = True,
 ) -> dict[str, ndarray]:
-    """Arrays of a batch: query_* and doc_* {token_ids, segment_ids, mask} [B, L], removed [B] bool, rows [B] int64.
+    """`ict_examples` as the arrays of `ict_arrays`, and rows [B] int64, which says which of `rows` are there.
 
-    Discarded rows (see ict_example) are left out, so B may be smaller than len(rows) and `rows` says which are there;
-    when nothing remains, B is 0. Without `trim`, L is query_len and block_len.
+    When nothing remains, B is 0.
     """
-    kept: list[int] = []
-    examples: list[IctExample] = []
-    for row in map(int, rows):
-        example = ict_example(_Row(corpus, row), rng, mask_rate)
-        if example is not None:
-            kept.append(row)
-            examples.append(example)
-    pairs = [ict_inputs(example, query_len, block_len, tokenizer) for example in examples]
+    drawn = ict_examples(corpus, rows, rng, mask_rate)
+    arrays = ict_arrays([example for _, example in drawn], query_len, block_len, tokenizer, trim)
+    return {**arrays, "rows": np.array([row for row, _ in drawn], dtype=np.int64)}
+
+
+def ict_examples(
+    corpus: Corpus, rows: Sequence[SupportsIndex] | ndarray, rng: np.random.Generator, mask_rate: float = 0.9
+) -> list[tuple[int, IctExample]]:
+    """(row, example) of every row that gives one (see ict_example)."""
+    drawn = ((int(row), ict_example(_Row(corpus, int(row)), rng, mask_rate)) for row in rows)
+    return [(row, example) for row, example in drawn if example is not None]
+
+
+def ict_arrays(
+    examples: Sequence[IctExample],
+    query_len: int,
+    block_len: int,
+    tokenizer: SpecialIds,
+    trim: bool = True,
+    count: int | None = None,
+) -> dict[str, ndarray]:
+    """Arrays of a batch: query_* and doc_* {token_ids, segment_ids, mask} [B, L], removed [B] bool.
+
+    Without `trim`, L is query_len and block_len. `count` fills up to B = count with pairs of empty sequences.
+    """
+    padding = [_EMPTY] * max(0, (count or 0) - len(examples))
+    pairs = [ict_inputs(example, query_len, block_len, tokenizer) for example in (*examples, *padding)]
     queries = stack([query for query, _ in pairs], tokenizer.pad_id, trim) if pairs else _nothing(query_len)
     documents = stack([document for _, document in pairs], tokenizer.pad_id, trim) if pairs else _nothing(block_len)
     return {
         **prefixed(queries, "query"),
         **prefixed(documents, "doc"),
-        "removed": np.array([example.removed for example in examples], dtype=bool),
-        "rows": np.array(kept, dtype=np.int64),
+        "removed": np.array([example.removed for example in (*examples, *padding)], dtype=bool),
     }
 
 

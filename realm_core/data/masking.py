@@ -109,6 +109,12 @@ def mask_tokens(
     return MaskedQuery(row, masked, predicted + 1, original[predicted]), ""
 
 
+def empty_query() -> MaskedQuery:
+    """A query without wordpieces and without anything to predict: it fills a batch up and adds nothing to a loss."""
+    nothing = np.empty(0, dtype=np.int64)
+    return MaskedQuery(-1, nothing, nothing, nothing)
+
+
 def pad_masks(
     queries: Sequence[MaskedQuery], max_masks: int
 ) -> tuple[Int64[ndarray, "B M"], Int64[ndarray, "B M"], Int64[ndarray, "B M"]]:

@@ -25,9 +25,12 @@ def embed_blocks(
     device: Device,
     progress: Callable[[int], None] | None = None,
 ) -> Float[np.ndarray, "N D"]:
-    """Document vectors of the rows, float32, in the order given. Blocks of like length share a batch."""
+    """Document vectors of the rows, float32, in the order given. Blocks of like length share a batch; on a device with
+    static shapes the last one is filled up."""
     inputs = [document_inputs(corpus.title_ids(row), corpus.token_ids(row), length, tokenizer) for row in rows]
-    return _embed(retriever, retriever.embed_documents, inputs, tokenizer.pad_id, batch, device, progress)
+    return _embed(
+        retriever, retriever.embed_documents, inputs, tokenizer.pad_id, batch, device, progress, fill=device.static
+    )
 
 
 def embed_queries(
@@ -58,6 +61,7 @@ def _embed(
     batch: int,
     device: Device,
     progress: Callable[[int], None] | None,
+    fill: bool = False,
 ) -> np.ndarray:
     was_training = retriever.training
     retriever.eval()
@@ -66,9 +70,11 @@ def _embed(
     with torch.inference_mode(), device.autocast():
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            tensors = to_tensors(stack([inputs[i] for i in chosen], pad_id), device)
+            if fill:
+                chosen = np.resize(chosen, batch)  # the first ones once more
+            tensors = to_tensors(stack([inputs[i] for i in chosen], pad_id, trim=not device.static), device)
             vectors[chosen] = tower(*tensors).float().cpu().numpy()
             if progress is not None:
-                progress(len(chosen))
+                progress(min(batch, len(order) - start))
     retriever.train(was_training)
     return vectors

@@ -12,13 +12,17 @@ from realm_core.artifacts.manifest import Manifest, open_artifact, read_manifest
 from realm_core.corpus.shards import Corpus
 from realm_core.data.formats import Ids
 from realm_core.errors import ArtifactError
-from realm_core.index.backends import SearchIndex, load_index
+from realm_core.index.backends import ExactIndex, SearchIndex, load_index
 from realm_core.index.embed import embed_queries
+from realm_core.index.sharded import ShardedIndex, shardable
 from realm_core.index.snapshot import Snapshot
 from realm_core.model.bundle import EMBEDDER, load_retriever
 from realm_core.model.device import Device
 from realm_core.model.embedder import Retriever
+from realm_core.model.world import World
 from realm_core.text.tokenizer import Tokenizer
+
+_ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class IndexVersion:
 
     name: str
     manifest: Manifest
-    search_index: SearchIndex
+    search_index: SearchIndex | ShardedIndex
     retriever: Retriever
     tokenizer: Tokenizer
     corpus: Corpus
@@ -51,21 +55,27 @@ class IndexVersion:
     def search_vectors(
         self, vectors: Float[np.ndarray, "Q D"], k: int
     ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
-        """(scores, rows) of the k best blocks of each query vector."""
+        """(scores, rows) of the k best blocks of each query vector. Collective where the index is shared out."""
         scores, rows = self.search_index.search(torch.from_numpy(vectors), k)
         return scores.numpy(), rows.numpy()
 
 
-def open_version(index: Path, *, checkpoint: Path, corpus: Path, device: Device) -> IndexVersion:
+def open_version(index: Path, *, checkpoint: Path, corpus: Path, device: Device, world: World = _ALONE) -> IndexVersion:
     """Verify digests, then open. Raises ArtifactError if a byte changed, or if checkpoint or corpus is not the one
-    the index was built from: a query embedded by another encoder would find plausible nonsense."""
+    the index was built from: a query embedded by another encoder would find plausible nonsense.
+
+    The processes of a `world` each hold a share of the rows of an exact index, and a whole index of any other kind.
+    """
     manifest = open_artifact(index, "index")
     require_parent(index, manifest, "checkpoint", checkpoint)
     require_parent(index, manifest, "corpus", corpus)
     verify_files(checkpoint, read_manifest(checkpoint), only=EMBEDDER)
     retriever, tokenizer = load_retriever(checkpoint)
     retriever.to(device.torch_device).eval()
-    search_index = load_index(index, size=manifest.facts["vectors"], dimension=manifest.facts["dimension"])
+    whole = load_index(index, size=manifest.facts["vectors"], dimension=manifest.facts["dimension"])
+    search_index: SearchIndex | ShardedIndex = whole
+    if isinstance(whole, ExactIndex) and shardable(whole, world):
+        search_index = ShardedIndex(whole, world, device.torch_device)
     return IndexVersion(index.name, manifest, search_index, retriever, tokenizer, Corpus.open(corpus), device)
 
 

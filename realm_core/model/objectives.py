@@ -14,19 +14,41 @@ from realm_core.errors import ConfigError
 Marginal = str  # "token" or "joint"
 
 
-def ict_loss(queries: Float[Tensor, "B D"], documents: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
-    """Inverse cloze task: mean cross-entropy of query i against document i among all N >= B documents of the batch.
+def ict_loss(
+    queries: Float[Tensor, "B D"],
+    documents: Float[Tensor, "N D"],
+    *,
+    first: int = 0,
+    real: Bool[Tensor, " N"] | None = None,
+    total: int | None = None,
+) -> Float[Tensor, ""]:
+    """Inverse cloze task: mean cross-entropy of query i against document first + i among all N documents of the batch.
 
-    One direction only, no temperature (Lee et al. 2019, section 4; original code: language/orqa, ICT model).
+    One direction only, no temperature (Lee et al. 2019, section 4; original code: language/orqa, ICT model). Documents
+    that are not `real` are padding: they are no negatives and their queries add nothing. With `total`, the sum is divided
+    by it instead of by B: the losses of all parts of a batch of `total` queries then add up to that of the batch.
     """
-    target_B = torch.arange(queries.shape[0], device=queries.device)
-    return F.cross_entropy(_full(queries @ documents.T), target_B)
+    score_BN = _full(queries @ documents.T)
+    target_B = first + torch.arange(queries.shape[0], device=queries.device)
+    if real is not None:
+        score_BN = score_BN.masked_fill(~real, -torch.inf)
+    nll_B = F.cross_entropy(score_BN, target_B, reduction="none")
+    real_B = torch.ones_like(target_B, dtype=torch.bool) if real is None else real[target_B]
+    return nll_B.masked_fill(~real_B, 0.0).sum() / (real_B.sum().clamp(min=1) if total is None else total)
 
 
-def in_batch_accuracy(queries: Float[Tensor, "B D"], documents: Float[Tensor, "N D"]) -> Bool[Tensor, " B"]:
-    """Whether query i scores document i highest among the documents of the batch."""
-    best_B = (queries @ documents.T).argmax(dim=1)
-    return best_B == torch.arange(queries.shape[0], device=queries.device)
+def in_batch_accuracy(
+    queries: Float[Tensor, "B D"],
+    documents: Float[Tensor, "N D"],
+    *,
+    first: int = 0,
+    real: Bool[Tensor, " N"] | None = None,
+) -> Bool[Tensor, " B"]:
+    """Whether query i scores document first + i highest among the (real) documents of the batch."""
+    score_BN = queries @ documents.T
+    if real is not None:
+        score_BN = score_BN.masked_fill(~real, -torch.inf)
+    return score_BN.argmax(dim=1) == first + torch.arange(queries.shape[0], device=queries.device)
 
 
 def gold_log_probability(
@@ -42,6 +64,7 @@ def marginal_mlm_loss(
     gold_logp: Float[Tensor, "B C M"],
     real: Bool[Tensor, "B M"] | Integer[Tensor, "B M"],
     marginal: Marginal = "token",
+    total: int | None = None,
 ) -> Float[Tensor, ""]:
     """Negative log-likelihood of the masked wordpieces, marginalised over the candidate documents.
 
@@ -49,14 +72,18 @@ def marginal_mlm_loss(
     the batch of -log sum_z p(z|x) p(y_j|z,x); 0 when no mask is real. "joint" is the paper's equation 1, the product
     over wordpieces inside the sum: the mean over examples of -log sum_z p(z|x) prod_j p(y_j|z,x), to which an example
     without masks contributes 0. Both agree when every example has one masked wordpiece.
+
+    With `total` (real masks for "token", examples for "joint") the sum is divided by it instead: the losses of all parts
+    of a batch then add up to that of the batch.
     """
     real_BM = real.bool()
     log_prior_BC = _full(relevance).log_softmax(dim=1)
     if marginal == "token":
         marginal_BM = (log_prior_BC[:, :, None] + _full(gold_logp)).logsumexp(dim=1)
-        return -_mean_where(marginal_BM, real_BM)
+        return -_mean_where(marginal_BM, real_BM, total)
     if marginal == "joint":
-        return -(log_prior_BC + _document_logp(gold_logp, real_BM)).logsumexp(dim=1).mean()
+        marginal_B = (log_prior_BC + _document_logp(gold_logp, real_BM)).logsumexp(dim=1)
+        return -marginal_B.mean() if total is None else -marginal_B.sum() / total
     raise ConfigError(f"marginal={marginal!r}: must be 'token' or 'joint'")
 
 
@@ -64,11 +91,15 @@ def retrieval_utility(
     relevance: Float[Tensor, "B C"],
     gold_logp: Float[Tensor, "B C M"],
     real: Bool[Tensor, "B M"] | Integer[Tensor, "B M"],
+    total: int | None = None,
 ) -> Float[Tensor, ""]:
-    """What retrieval adds: mean over real masks of log p(y_j|x) - log p(y_j|null,x) (original code: language/realm)."""
+    """What retrieval adds: mean over real masks of log p(y_j|x) - log p(y_j|null,x) (original code: language/realm).
+
+    `total` real masks of a whole batch make it this part's share of the batch's mean.
+    """
     log_prior_BC1 = _full(relevance).log_softmax(dim=1)[:, :, None]
     gold_logp = _full(gold_logp)
-    return _mean_where((log_prior_BC1 + gold_logp).logsumexp(dim=1) - gold_logp[:, 0], real.bool())
+    return _mean_where((log_prior_BC1 + gold_logp).logsumexp(dim=1) - gold_logp[:, 0], real.bool(), total)
 
 
 def document_utility(
@@ -166,8 +197,8 @@ def _document_logp(gold_logp: Float[Tensor, "B C M"], real: Bool[Tensor, "B M"])
     return _full(gold_logp).masked_fill(~real[:, None], 0.0).sum(dim=2)
 
 
-def _mean_where(values: Float[Tensor, "B M"], real: Bool[Tensor, "B M"]) -> Float[Tensor, ""]:
-    return values.masked_fill(~real, 0.0).sum() / real.sum().clamp(min=1)
+def _mean_where(values: Float[Tensor, "B M"], real: Bool[Tensor, "B M"], total: int | None = None) -> Float[Tensor, ""]:
+    return values.masked_fill(~real, 0.0).sum() / (real.sum().clamp(min=1) if total is None else max(total, 1))
 
 
 def _full(values: Tensor) -> Tensor:

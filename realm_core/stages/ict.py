@@ -1,17 +1,19 @@
 """Stage `ict`: start weights -> a retriever that finds blocks, and an encoder that can use them."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from realm_core.artifacts.manifest import Manifest, Plan, open_artifact, read_manifest
 from realm_core.artifacts.publish import building, finished
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
-from realm_core.model.bundle import new_model
+from realm_core.model.bundle import RealmModel, new_model
 from realm_core.model.device import resolve
 from realm_core.model.weight_files import weights_sha256
 from realm_core.model.weights import load_start_weights
 from realm_core.ports import MetricSink
 from realm_core.stages import CODE
+from realm_core.stages.processes import world_of
 from realm_core.train.ict import train_ict
 from realm_core.train.warmup import warm_up
 
@@ -33,17 +35,28 @@ def plan(config: Config, *, corpus: Path) -> Plan:
 
 
 def run(config: Config, *, corpus: Path, out: Path, sink: MetricSink) -> Manifest:
-    """Inverse cloze task for the retriever, then the masked-LM warm-up of the encoder."""
+    """Inverse cloze task for the retriever, then the masked-LM warm-up of the encoder.
+
+    Several processes (see `stages.processes`) share every batch; the first one publishes and logs.
+    """
     doing = plan(config, corpus=corpus)
     if done := finished(out, doing):
         return done
     open_artifact(corpus, "corpus")
     blocks = Corpus.open(corpus)
-    device = resolve(config.runtime)
-    with building(out, doing) as build:
-        start = load_start_weights(config.model, blocks.tokenizer.vocab_size)
-        model = new_model(config.model, start, blocks.tokenizer, config.seed).to(device.torch_device)
-        metrics = train_ict(model, blocks, config, device, sink)
-        metrics |= warm_up(model, blocks, config, device, sink)
-        model.save(build.folder)
-        return build.commit({"step": 0, "metrics": metrics, "precision": device.precision})
+    with world_of(config, "ict", corpus=str(corpus), out=str(out)) as world:
+        device = resolve(config.runtime, world=world)
+        with building(out, doing) if world.leads else nullcontext() as build:
+            model = _start(config, blocks).to(device.torch_device)
+            metrics = train_ict(model, blocks, config, device, sink, world)
+            metrics |= warm_up(model, blocks, config, device, sink, world)
+            if build is not None:
+                model.save(build.folder)
+                build.commit({"step": 0, "metrics": metrics, "precision": device.precision})
+        world.exchange("published")
+    return read_manifest(out)
+
+
+def _start(config: Config, blocks: Corpus) -> RealmModel:
+    start = load_start_weights(config.model, blocks.tokenizer.vocab_size)
+    return new_model(config.model, start, blocks.tokenizer, config.seed)

@@ -18,8 +18,10 @@ from realm_core.corpus.shards import Corpus
 from realm_core.errors import ArtifactError, RealmError
 from realm_core.model.bundle import RealmModel
 from realm_core.model.device import resolve
-from realm_core.ports import FanOutSink, JsonLinesSink, MetricSink, Progress
+from realm_core.model.world import World
+from realm_core.ports import FanOutSink, JsonLinesSink, MetricSink, NullSink, Progress
 from realm_core.stages import CODE
+from realm_core.stages.processes import launched, world_of
 from realm_core.train.follower import IndexFollower
 from realm_core.train.guard import CollapseError, CollapseGuard
 from realm_core.train.loop import RealmTrainer, optimizer_file, run_steps
@@ -28,6 +30,7 @@ from realm_core.train.update import DivergedError
 
 SECTIONS = ("runtime", "model", "lengths", "optimizer", "pretrain")
 STEPS = "steps.jsonl"
+_ALONE = World()
 
 
 def run(
@@ -44,39 +47,62 @@ def run(
     """Train run `training_run` up to step `until` (the configured number by default); resumes from its newest checkpoint.
 
     Step 0 is a checkpoint of its own, equal to the warm start, so that the first index is made like every other.
+    Several processes (see `stages.processes`) share every batch; the first one publishes, logs and is asked to stop.
     Returns the manifest of the last checkpoint. Raises RealmError if no index goes live in time.
     """
     last = config.pretrain.steps if until is None else until
-    if not store.checkpoints(training_run):
-        _publish_start(config, store, training_run, corpus, start)
-    newest = store.path("checkpoints", store.checkpoints(training_run)[-1])
-    manifest = open_artifact(newest, "pretrain")
-    _require_not_collapsed(store, training_run, manifest.facts["step"])
-    first = int(manifest.facts["step"])
-    if first >= last:
-        return manifest
-    _require_same_settings(newest, manifest, config)
-    return _Run(config, store, training_run, corpus, newest, sink).train(first, last, should_stop)
+
+    def begin() -> str:
+        if not store.checkpoints(training_run):
+            _publish_start(config, store, training_run, corpus, start)
+        key = store.checkpoints(training_run)[-1]
+        _require_not_collapsed(store, training_run, parse_key(key)[1])
+        return key
+
+    if (
+        not launched()
+        and (manifest := open_artifact(store.path("checkpoints", begin()), "pretrain")).facts["step"] >= last
+    ):
+        return manifest  # no process has to be started for it
+    job = {"home": str(store.home), "training_run": training_run, "corpus": str(corpus), "start": str(start)}
+    with world_of(config, "pretrain", **job, until=until) as world:
+        newest = store.path("checkpoints", world.lead(begin))
+        manifest = open_artifact(newest, "pretrain")
+        first = int(manifest.facts["step"])
+        if first >= last:
+            return manifest
+        _require_same_settings(newest, manifest, config)
+        return _Run(config, store, training_run, corpus, newest, sink, world).train(first, last, should_stop)
 
 
 class _Run:
     """One process's share of a training run: from the newest checkpoint to the last step or a stop."""
 
-    def __init__(self, config: Config, store: Store, name: str, corpus: Path, newest: Path, sink: MetricSink) -> None:
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        name: str,
+        corpus: Path,
+        newest: Path,
+        sink: MetricSink,
+        world: World = _ALONE,
+    ) -> None:
         self.config, self.store, self.name, self.corpus, self.newest = config, store, name, corpus, newest
+        self.world = world
         self.folder = store.trainer(name)
-        self.sink = FanOutSink(JsonLinesSink(self.folder / STEPS), sink)
-        self.device = resolve(config.runtime, shared=True)
+        self.sink = FanOutSink(JsonLinesSink(self.folder / STEPS), sink) if world.leads else NullSink()
+        self.device = resolve(config.runtime, shared=True, world=world)
         model = RealmModel.load(newest).to(self.device.torch_device)
         queries = Corpus.open(corpus)
         if queries.tokenizer.digest != model.tokenizer.digest:
             raise ArtifactError(
                 f"{corpus}: other vocabulary than {newest}; build it with --vocabulary of the first corpus"
             )
-        self.trainer = RealmTrainer(config, model, queries, self.device)
+        self.trainer = RealmTrainer(config, model, queries, self.device, world)
         if optimizer_file(newest).exists():
             load_optimizer_tensors(self.trainer.updater.optimizer, load_file(optimizer_file(newest)))
-        self.follower = IndexFollower(store, self.folder, self.device, warn=self._warn)
+        self.follower = IndexFollower(store, self.folder, self.device, warn=self._warn, world=world)
         self.guard = CollapseGuard(config.pretrain.guard_window, config.pretrain.max_null_probability)
         self.window: list[dict[str, float]] = []
         self.since = 0
@@ -84,7 +110,7 @@ class _Run:
 
     def train(self, first: int, last: int, should_stop: Callable[[], bool]) -> Manifest:
         self.since = first
-        rows = read_json_lines(self.folder / STEPS)
+        rows = self.world.lead(lambda: read_json_lines(self.folder / STEPS))
         self.follower.resume(first, max((row["step"] for row in rows), default=first))
         self._remember({row["step"]: row for row in rows if row["step"] <= first})
         if self.follower.wait_for_first(self.config.pretrain.index_wait_seconds, should_stop):
@@ -95,10 +121,11 @@ class _Run:
                     last,
                     index_at=self.follower.at,
                     after=self._after_step,
-                    should_stop=should_stop,
+                    should_stop=lambda: self.world.some(should_stop()),
                 )
             except CollapseError as problem:
-                raise RealmError(f"{problem}; {self._fall_back(str(problem))}") from None
+                advice = self.world.lead(lambda: self._fall_back(str(problem)))  # all processes saw the same numbers
+                raise RealmError(f"{problem}; {advice}") from None
             except DivergedError as problem:
                 raise RealmError(
                     f"{problem}; the last good checkpoint is {self.newest.name}, lower the rates"
@@ -130,11 +157,17 @@ class _Run:
         self.window.append(metrics)
         self.sink.log(done, metrics)
         self.guard.observe(done, metrics)
-        self.bar.update(done, f"loss {metrics.get('loss', float('nan')):.3f} age {metrics['index_age']:.0f}")
+        if self.world.leads:
+            self.bar.update(done, f"loss {metrics.get('loss', float('nan')):.3f} age {metrics['index_age']:.0f}")
         if done % self.config.pretrain.checkpoint_every == 0 or done == self.config.pretrain.steps:
             self._publish(done)
 
     def _publish(self, step: int) -> None:
+        self.world.require_same(self.trainer.updater.parameters, f"weights of step {step}")
+        self.world.lead(lambda: self._write(step))
+        self.newest, self.window, self.since = self.store.path("checkpoints", checkpoint_key(self.name, step)), [], step
+
+    def _write(self, step: int) -> None:
         index = self.follower.current
         assert index is not None
         parents = {
@@ -155,8 +188,8 @@ class _Run:
             }
             seconds = sum(row["seconds"] for row in self.window)
             stalled = sum(row["stall_seconds"] for row in self.window)
-            build.commit(facts, record={"train_seconds": seconds, "stall_seconds": stalled})
-        self.newest, self.window, self.since = out, [], step
+            record = {"train_seconds": seconds, "stall_seconds": stalled, "processes": self.world.size}
+            build.commit(facts, record=record)
         self.store.prune_checkpoints(self.name, self.config.pretrain.keep, spare=self._worth_keeping())
 
     def _worth_keeping(self) -> set[str]:

@@ -74,9 +74,14 @@ def realm_batch(
     doc_len: int,
     tokenizer: Tokenizer,
     device: Device,
+    max_masks: int,
+    count: int,
 ) -> RealmBatch:
-    """Tensors of one step, trimmed to the longest sequence of each kind."""
-    width = max(len(rows) for rows in candidates)
+    """Tensors of one pass, trimmed to the longest sequence of each kind, the most masks and the most candidates.
+
+    On a device with static shapes nothing is trimmed: as many as `count` candidates and `max_masks` masks are there.
+    """
+    width = count if device.static else max(len(rows) for rows in candidates)
     rows = np.full((len(queries), width), NULL_ROW, dtype=np.int64)
     present = np.zeros((len(queries), width), dtype=bool)
     for number, found in enumerate(candidates):
@@ -88,10 +93,12 @@ def realm_batch(
             title, body = block_ids(corpus, int(row))
             documents.append(document_inputs(title, body, doc_len, tokenizer))
             joints.append(joint_inputs(query.token_ids, body, query_len, doc_len, tokenizer))
-    positions, targets, real = pad_masks(queries, max(len(query.targets) for query in queries))
+    positions, targets, real = pad_masks(
+        queries, max_masks if device.static else max(len(query.targets) for query in queries)
+    )
 
     def move(inputs: list) -> Triple:
-        stacked = stack(inputs, tokenizer.pad_id)
+        stacked = stack(inputs, tokenizer.pad_id, trim=not device.static)
         ids, segments, mask = (torch.from_numpy(array).to(device.torch_device) for array in stacked[:3])
         return ids, segments, mask
 

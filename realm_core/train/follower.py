@@ -3,31 +3,39 @@
 The pointer is looked at before every step. A new version is verified and loaded on a thread, so the trainer goes on with the
 old one and stalls only for the exchange of a reference. Every swap is on disk before it takes effect; a run resumed from an
 earlier checkpoint replays the swaps of the steps it repeats, so that it ends bit for bit where it would have ended.
+
+Where several processes train together, the first one looks at the pointer and writes swaps down; a version serves from the
+step at which all of them have it open, and one that some process cannot open serves none.
 """
 
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from realm_core.artifacts.publish import append_durably, read_json_lines
 from realm_core.artifacts.store import Live, Store
 from realm_core.errors import RealmError
 from realm_core.index.version import IndexVersion, open_version
 from realm_core.model.device import Device
+from realm_core.model.world import World
 
 SWAPS = "swaps.jsonl"
 _POLL_SECONDS = 0.5
+_ALONE = World()
 
 
 class IndexFollower:
-    """Serves one index version at a time to one trainer."""
+    """Serves one index version at a time to one trainer. Its methods are collective."""
 
-    def __init__(self, store: Store, folder: Path, device: Device, warn: Callable[[str], None]) -> None:
-        self.store, self.folder, self.device, self.warn = store, folder, device, warn
+    def __init__(
+        self, store: Store, folder: Path, device: Device, warn: Callable[[str], None], world: World = _ALONE
+    ) -> None:
+        self.store, self.folder, self.device, self.warn, self.world = store, folder, device, warn, world
         self.current: IndexVersion | None = None
-        self._swaps = read_json_lines(folder / SWAPS)
+        self._swaps = world.lead(lambda: read_json_lines(folder / SWAPS))
         self._replay_until = 0  # steps below it were run before and follow the recorded swaps
         self._loading: _Loading | None = None
         self._refused: set[str] = set()
@@ -38,7 +46,7 @@ class IndexFollower:
         self._replay_until = max([replay_until, *(swap["step"] + 1 for swap in self._swaps)])
         recorded = self._recorded(step)
         if recorded is not None:
-            self.current = self._open(recorded)
+            self.current = self.world.together(lambda: self._open(recorded))
 
     @property
     def in_use(self) -> set[str]:
@@ -49,16 +57,22 @@ class IndexFollower:
     def wait_for_first(self, seconds: float, should_stop: Callable[[], bool]) -> bool:
         """Wait until some index is live. False if asked to stop; RealmError when the time is over."""
         deadline = time.monotonic() + seconds
-        while self.store.live() is None:
+
+        def look() -> str:
+            if self.store.live() is not None:
+                return "live"
             if should_stop():
-                return False
+                return "stop"
             if time.monotonic() > deadline:
                 raise RealmError(
                     f"{self.store.home}: no index went live within {seconds:.0f} s; "
                     "start the daemon with realm up, or look at the refresh_index runs"
                 )
+            return "wait"
+
+        while (found := self.world.lead(look)) == "wait":
             time.sleep(_POLL_SECONDS)
-        return True
+        return found == "live"
 
     def at(self, step: int) -> IndexVersion:
         """The index version that serves this step; swaps first if there is a newer one ready."""
@@ -66,7 +80,7 @@ class IndexFollower:
         if recorded is None:
             self._follow(step)
         elif self.current is None or recorded != self.current.name:
-            self.current = self._open(recorded)
+            self.current = self.world.together(lambda: self._open(recorded))
         assert self.current is not None, "wait_for_first comes before the first step"
         return self.current
 
@@ -76,19 +90,30 @@ class IndexFollower:
         return [{key: swap[key] for key in keys} for swap in self._swaps if swap["step"] >= since]
 
     def _follow(self, step: int) -> None:
-        live = self.store.live()
-        if live is not None and self._is_new(live):
+        told = self.world.lead(self._news)
+        if told is not None:
+            live = Live(**told)
             if self.current is None:
-                self._swap(step, self._open(live.index))
-            elif self._loading is None:
+                self._swap(step, self.world.together(lambda: self._open(live.index)))
+            else:
                 self._loading = _Loading(live, lambda: self._open(live.index))
-        if self._loading is not None and self._loading.done():
+        if self._loading is not None and self.world.every(self._loading.done()):
             loading, self._loading = self._loading, None
-            if loading.version is not None:
+            problems = self.world.exchange(None if loading.version is not None else str(loading.error))
+            if loading.version is not None and problems == [None] * self.world.size:
                 self._swap(step, loading.version)
             else:
                 self._refused.add(loading.live.index_digest)
-                self.warn(f"step {step}: index {loading.live.index} refused, the old one stays: {loading.error}")
+                why = "; ".join(f"{self._whose(rank)}{text}" for rank, text in enumerate(problems) if text is not None)
+                self.warn(f"step {step}: index {loading.live.index} refused, the old one stays: {why}")
+
+    def _news(self) -> dict[str, Any] | None:
+        """The live index if it is one to open now."""
+        live = self.store.live()
+        return asdict(live) if live is not None and self._loading is None and self._is_new(live) else None
+
+    def _whose(self, rank: int) -> str:
+        return f"{World(rank, self.world.size)}: " if self.world.size > 1 else ""
 
     def _is_new(self, live: Live) -> bool:
         return live.index_digest not in self._refused and (
@@ -97,7 +122,7 @@ class IndexFollower:
 
     def _swap(self, step: int, version: IndexVersion) -> None:
         swap = {"step": step, "index": version.name, "index_digest": version.digest, "time": time.time()}
-        append_durably(self.folder / SWAPS, swap)
+        self.world.lead(lambda: append_durably(self.folder / SWAPS, swap))
         self._swaps.append(swap)
         self.current = version
 
@@ -108,7 +133,7 @@ class IndexFollower:
     def _open(self, name: str) -> IndexVersion:
         index = self.store.path("indexes", name)
         checkpoint, corpus = (self.store.parent(index, role) for role in ("checkpoint", "corpus"))
-        return open_version(index, checkpoint=checkpoint, corpus=corpus, device=self.device)
+        return open_version(index, checkpoint=checkpoint, corpus=corpus, device=self.device, world=self.world)
 
 
 @dataclass

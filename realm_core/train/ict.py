@@ -1,60 +1,120 @@
 """The inverse cloze task loop: the retriever's warm start (Lee et al. 2019)."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
-from realm_core.data.batches import rng_for_step, rows_for_step
-from realm_core.data.ict import ict_batch
+from realm_core.data.batches import rng_for_step, rows_for_step, split_evenly
+from realm_core.data.ict import IctExample, ict_arrays, ict_examples
 from realm_core.errors import DataError
 from realm_core.model.bundle import RealmModel
 from realm_core.model.device import Device
-from realm_core.model.objectives import ict_loss, in_batch_accuracy
+from realm_core.model.world import World
 from realm_core.ports import MetricSink, Progress
-from realm_core.train.update import Updater, seed_of
+from realm_core.train.contrastive import Pair, contrast
+from realm_core.train.parts import parts_of, require_positions, sum_metrics
+from realm_core.train.step import at_least_float32
+from realm_core.train.update import Updater, seed_dropout
+
+_ALONE = World()
 
 
-def train_ict(model: RealmModel, corpus: Corpus, config: Config, device: Device, sink: MetricSink) -> dict[str, float]:
+def train_ict(
+    model: RealmModel, corpus: Corpus, config: Config, device: Device, sink: MetricSink, world: World = _ALONE
+) -> dict[str, float]:
     """Train the retriever in place. Returns means over the last tenth: loss, and in-batch accuracy of pairs whose sentence
-    was taken out of the block (`masked_accuracy`)."""
+    was taken out of the block (`masked_accuracy`). Collective; only the first process logs."""
     settings = config.ict
     if len(corpus) < 2:
         raise DataError(f"{corpus.folder}: {len(corpus)} block; the inverse cloze task needs two to choose from")
-    updater = Updater({"retriever": model.retriever}, {"retriever": settings.lr}, settings.steps, config.optimizer)
+    require_positions(
+        model.retriever.embedder.shape, ict_query=config.lengths.ict_query, document=config.lengths.document
+    )
+    ict = _Ict(model, corpus, config, device, world)
     bar = Progress("inverse cloze task", settings.steps)
     history: list[dict[str, float]] = []
     model.retriever.train()
     for step in range(settings.steps):
-        rows = np.unique(rows_for_step(len(corpus), min(settings.batch, len(corpus)), step, config.seed))
-        arrays = ict_batch(
-            corpus,
-            rows,
-            rng_for_step(config.seed, step, purpose=1),
-            config.lengths.ict_query,
-            config.lengths.document,
-            model.tokenizer,
-            settings.mask_rate,
-        )
-        if len(arrays["rows"]) < 2:
+        metrics = ict.step(step)
+        if not metrics:
             continue
-        torch.manual_seed(seed_of(config.seed, "ict", step))  # dropout, a function of the step
-        tensors = {name: torch.from_numpy(array).to(device.torch_device) for name, array in arrays.items()}
-        with device.autocast():
-            queries = model.retriever.embed_queries(*(tensors[f"query_{part}"] for part in _PARTS))
-            documents = model.retriever.embed_documents(*(tensors[f"doc_{part}"] for part in _PARTS))
-        queries, documents = queries.float(), documents.float()
-        loss = ict_loss(queries, documents)
-        updater.apply(loss, step)
-        hits = in_batch_accuracy(queries.detach(), documents.detach())
-        removed = tensors["removed"]
-        metrics = {"ict/loss": float(loss.detach()), "ict/accuracy": float(hits.float().mean())}
-        if bool(removed.any()):
-            metrics["ict/masked_accuracy"] = float(hits[removed].float().mean())
         history.append(metrics)
-        sink.log(step, metrics)
-        bar.update(step + 1, f"loss {metrics['ict/loss']:.3f}")
+        if world.leads:
+            sink.log(step, metrics)
+            bar.update(step + 1, f"loss {metrics['ict/loss']:.3f}")
     return tail_means(history)
+
+
+class _Ict:
+    """The steps of the task: each a function of weights, seed, step number and the number of micro-batches."""
+
+    def __init__(self, model: RealmModel, corpus: Corpus, config: Config, device: Device, world: World) -> None:
+        self.retriever, self.tokenizer = model.retriever, model.tokenizer
+        self.corpus, self.config, self.device, self.world = corpus, config, device, world
+        self.parts = parts_of(config.ict, "ict", world)
+        self.batch = min(config.ict.batch, len(corpus))
+        modules, rates = {"retriever": model.retriever}, {"retriever": config.ict.lr}
+        self.updater = Updater(modules, rates, config.ict.steps, config.optimizer, world=world)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One update. Returns its metrics; none if fewer than two rows gave an example."""
+        seed = self.config.seed
+        rows = np.unique(rows_for_step(len(self.corpus), self.batch, step, seed))
+        rng = rng_for_step(seed, step, purpose=1)
+        drawn = [example for _, example in ict_examples(self.corpus, rows, rng, self.config.ict.mask_rate)]
+        if len(drawn) < 2:
+            return {}
+        mine = [
+            (number, part)
+            for number, part in self.world.share(list(enumerate(split_evenly(drawn, self.parts))))
+            if part or self.device.static
+        ]
+        arrays = [self._arrays(part) for _, part in mine]
+        removed, real = (_flags(arrays, name, self.device) for name in ("removed", "real"))
+        self.updater.begin(step)
+        found = contrast(
+            [self._vectors(batch, step, number) for batch, (number, _) in zip(arrays, mine, strict=True)],
+            real,
+            total=len(drawn),
+            width=self.retriever.embedder.projection_size,
+            world=self.world,
+        )
+        self.updater.note(found.loss)
+        self.updater.finish(step)
+        self.device.end_step()
+        removed_in_all = sum(example.removed for example in drawn)
+        metrics = {"ict/loss": float(found.loss), "ict/accuracy": float(found.hits.sum()) / len(drawn)}
+        if removed_in_all:
+            metrics["ict/masked_accuracy"] = float(found.hits[removed].sum()) / removed_in_all
+        return sum_metrics(self.world, [metrics])
+
+    def _arrays(self, part: Sequence[IctExample]) -> dict[str, np.ndarray]:
+        """Arrays of a micro-batch, on a device with static shapes as long and as many as they can be."""
+        lengths, static = self.config.lengths, self.device.static
+        count = -(-self.batch // self.parts) if static else len(part)
+        arrays = ict_arrays(part, lengths.ict_query, lengths.document, self.tokenizer, trim=not static, count=count)
+        return {**arrays, "real": np.arange(count) < len(part)}
+
+    def _vectors(self, arrays: dict[str, np.ndarray], step: int, number: int) -> Callable[[], Pair]:
+        def embed() -> Pair:
+            seed_dropout(self.config.seed, "ict", step, number)
+            tensors = {name: torch.from_numpy(array).to(self.device.torch_device) for name, array in arrays.items()}
+            with self.device.autocast():
+                queries = self.retriever.embed_queries(*(tensors[f"query_{part}"] for part in _PARTS))
+                documents = self.retriever.embed_documents(*(tensors[f"doc_{part}"] for part in _PARTS))
+            return at_least_float32(queries), at_least_float32(documents)
+
+        return embed
+
+
+def _flags(arrays: Sequence[dict[str, np.ndarray]], name: str, device: Device) -> Tensor:
+    """One flag an example over all micro-batches."""
+    found = np.concatenate([np.zeros(0, dtype=bool), *(batch[name] for batch in arrays)])
+    return torch.from_numpy(found).to(device.torch_device)
 
 
 def tail_means(history: list[dict[str, float]]) -> dict[str, float]:

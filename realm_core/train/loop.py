@@ -2,67 +2,113 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
-from realm_core.data.batches import rng_for_step, rows_for_step
+from realm_core.data.batches import rng_for_step, rows_for_step, split_evenly
 from realm_core.data.candidates import near_duplicates
-from realm_core.data.masking import MaskedQuery
+from realm_core.data.masking import MaskedQuery, empty_query
 from realm_core.errors import DataError
 from realm_core.index.version import IndexVersion
 from realm_core.model.bundle import RealmModel
 from realm_core.model.device import Device
-from realm_core.train.features import choose_candidates, draw_queries, realm_batch
-from realm_core.train.step import realm_step
-from realm_core.train.update import Updater, seed_of
+from realm_core.model.world import World
+from realm_core.train.features import RealmBatch, choose_candidates, draw_queries, realm_batch
+from realm_core.train.parts import parts_of, require_positions, sum_metrics
+from realm_core.train.step import Whole, realm_step
+from realm_core.train.update import Updater, seed_dropout
 
 
 @dataclass
 class RealmTrainer:
     """Model, optimiser and the data order of one run. Every step is a function of weights, optimiser state, seed, step
-    number and index version, which is what makes an exact resume possible."""
+    number, index version and the number of micro-batches, which is what makes an exact resume possible."""
 
     config: Config
     model: RealmModel
     corpus: Corpus
     device: Device
+    world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
-        settings = self.config.pretrain
+        settings, lengths = self.config.pretrain, self.config.lengths
+        self.parts = parts_of(settings, "pretrain", self.world)
+        require_positions(self.model.retriever.embedder.shape, query=lengths.query, document=lengths.document)
+        require_positions(self.model.encoder.shape, joint=lengths.joint)
         self.updater = Updater(
             {"retriever": self.model.retriever, "encoder": self.model.encoder},
             {"retriever": settings.embedder_lr, "encoder": settings.lr},
             settings.steps,
             self.config.optimizer,
             settings.max_nan_steps,
+            self.world,
         )
         self.model.retriever.checkpointing = self.model.encoder.checkpointing = settings.checkpointing
         self.rows = usable_rows(self.corpus, settings.masking)
 
     def step(self, step: int, index: IndexVersion) -> dict[str, float]:
-        """One update with candidates from `index`. Returns the metrics of the step; empty if no query could be drawn."""
-        settings, lengths = self.config.pretrain, self.config.lengths
+        """One update with candidates from `index`, over all processes: collective. Returns the metrics of the step; empty if
+        no query could be drawn."""
+        queries = self._draw(step)
+        if not queries:
+            return {}
+        whole = Whole.of(queries)
+        mine = self.world.share(list(enumerate(split_evenly(queries, self.parts))))
+        batches = self._batches([self._filled(part) for _, part in mine], index)
+        self.model.train()
+        self.updater.begin(step)
+        found = []
+        for (number, _), batch in zip(mine, batches, strict=True):
+            seed_dropout(self.config.seed, "pretrain", step, number)
+            if batch is not None:
+                result = realm_step(self.model, batch, self.config.pretrain.marginal, self.device, whole)
+                self.updater.add(result.loss)
+                found.append(result.metrics)
+        updated = self.updater.finish(step)
+        self.device.end_step()
+        metrics = sum_metrics(self.world, found)
+        return metrics if updated else {"skipped": 1.0}
+
+    def _draw(self, step: int) -> list[MaskedQuery]:
+        """The queries of the whole batch, the same in every process."""
+        settings = self.config.pretrain
         places = rows_for_step(len(self.rows), settings.batch, step, self.config.seed)
-        queries = draw_queries(
+        return draw_queries(
             self.corpus,
             self.rows[places].tolist(),
             rng_for_step(self.config.seed, step, purpose=3),
             scheme=settings.masking,
-            query_len=lengths.query,
+            query_len=self.config.lengths.query,
             max_masks=settings.max_masks,
             tokenizer=self.model.tokenizer,
         )
-        if not queries:
-            return {}
+
+    def _filled(self, part: Sequence[MaskedQuery]) -> list[MaskedQuery]:
+        """The queries of a micro-batch, on a device with static shapes as many of them as it can have."""
+        missing = self.config.pretrain.batch // self.parts - len(part) if self.device.static else 0
+        return [*part, *(empty_query() for _ in range(missing))]
+
+    def _batches(self, parts: Sequence[Sequence[MaskedQuery]], index: IndexVersion) -> list[RealmBatch | None]:
+        """Tensors of this process's micro-batches, with their candidates; None for one without queries. Collective."""
         self.config.require_fits(len(index.corpus), "pretrain.candidates")
-        retrieved = index.search([query.token_ids for query in queries], self._width(index), lengths.query)
-        own = self.corpus.block_ids[[query.row for query in queries]]
-        batch = realm_batch(
+        length = self.config.lengths.query
+        # Embedded by micro-batch, so that what a query retrieves does not depend on who else this process asks for.
+        vectors = [index.embed([query.token_ids for query in part], length) for part in parts]
+        _, retrieved = index.search_vectors(np.concatenate(vectors), self._width(index))
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        return [
+            self._batch(part, rows, index) if part else None
+            for part, rows in zip(parts, np.split(retrieved, ends), strict=True)
+        ]
+
+    def _batch(self, queries: Sequence[MaskedQuery], retrieved: np.ndarray, index: IndexVersion) -> RealmBatch:
+        settings, lengths = self.config.pretrain, self.config.lengths
+        own = [self.corpus.block_ids[query.row] if len(query.targets) else "" for query in queries]
+        return realm_batch(
             index.corpus,
             queries,
             choose_candidates(index.corpus, own, retrieved, settings.candidates, self._repeats(queries, index.corpus)),
@@ -70,12 +116,9 @@ class RealmTrainer:
             doc_len=lengths.document,
             tokenizer=self.model.tokenizer,
             device=self.device,
+            max_masks=settings.max_masks,
+            count=settings.candidates,
         )
-        self.model.train()
-        torch.manual_seed(seed_of(self.config.seed, "pretrain", step))  # dropout, a function of the step
-        result = realm_step(self.model, batch, settings.marginal, self.device)
-        updated = self.updater.apply(result.loss, step)
-        return result.metrics if updated else {"skipped": 1.0}
 
     def _width(self, index: IndexVersion) -> int:
         """How many blocks to ask for: as many as candidates although null takes a place, because the block a query came
@@ -88,7 +131,7 @@ class RealmTrainer:
         settings = self.config.pretrain
         if settings.trivial == "uid":
             return lambda number, row: False
-        own = [self.corpus.token_ids(query.row) for query in queries]
+        own = [self.corpus.token_ids(query.row) if len(query.targets) else query.token_ids for query in queries]
         return lambda number, row: near_duplicates(own[number], documents.token_ids(row), settings.near_duplicate_share)
 
 

@@ -113,8 +113,9 @@ def gold_logp(
         joint_inputs(query.token_ids, body, lengths.query, lengths.document, model.tokenizer)
         for query, body in zip(queries, bodies, strict=True)
     ]
-    masks = max(len(query.targets) for query in queries)
+    static = device.static
+    masks = config.pretrain.max_masks if static else max(len(query.targets) for query in queries)
     positions, targets, real = (torch.from_numpy(x).to(device.torch_device) for x in pad_masks(list(queries), masks))
     with device.autocast():
-        logits = model.encoder(*to_tensors(stack(inputs, model.tokenizer.pad_id), device), positions)
+        logits = model.encoder(*to_tensors(stack(inputs, model.tokenizer.pad_id, trim=not static), device), positions)
     return gold_log_probability(logits, targets), real.bool()

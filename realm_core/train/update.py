@@ -1,4 +1,5 @@
-"""One optimiser update, and the seeds that make every step a function of (seed, step)."""
+"""One optimiser update from the gradients of all micro-batches and processes, and the seeds that make every step a function
+of (seed, step)."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,7 +9,10 @@ from torch import Tensor, nn
 
 from realm_core.config import OptimizerConfig
 from realm_core.errors import RealmError
+from realm_core.model.world import World
 from realm_core.train.optimizer import build_optimizer, clip_gradients, set_learning_rate, warmup_steps
+
+_ALONE = World()
 
 
 def seed_of(*labels: int | str) -> int:
@@ -21,8 +25,17 @@ class DivergedError(RealmError):
     """Loss or gradient were not finite several times in a row."""
 
 
+def seed_dropout(seed: int, stage: str, step: int, part: int) -> None:
+    """Make dropout a function of the step and of the micro-batch, whichever process computes it."""
+    torch.manual_seed(seed_of(seed, stage, step, *([part] if part else [])))
+
+
 class Updater:
-    """Optimiser, schedule, clipping, and the rule for losses that are not finite."""
+    """Optimiser, schedule, clipping, and the rule for losses that are not finite.
+
+    A step is `begin`, `add` for the loss of every micro-batch, `finish`; `apply` is all three. Losses are parts of one sum:
+    the caller divides by the size of the whole batch.
+    """
 
     def __init__(
         self,
@@ -31,6 +44,7 @@ class Updater:
         total: int,
         config: OptimizerConfig,
         max_nan_steps: int = 3,
+        world: World = _ALONE,
     ) -> None:
         self.modules = dict(modules)
         self.total = total
@@ -38,6 +52,8 @@ class Updater:
         self.config = config
         self.max_nan_steps = max_nan_steps
         self.nan_steps = 0
+        self.world = world
+        self.healthy = True  # whether everything noted since `begin` was finite
         self.optimizer = build_optimizer(
             {role: module.named_parameters() for role, module in modules.items()},
             kind=config.kind,
@@ -45,23 +61,58 @@ class Updater:
             weight_decay=config.weight_decay,
         )
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [weight for module in self.modules.values() for weight in module.parameters()]
+
     def apply(self, loss: Tensor, step: int) -> bool:
-        """Update from `loss` at `step` (from 0). A loss or gradient that is not finite skips the step and returns False.
+        """Update from the whole loss of `step` (from 0); see `finish`."""
+        self.begin(step)
+        self.add(loss)
+        return self.finish(step)
+
+    def begin(self, step: int) -> None:
+        """Set the learning rate of `step` and forget the gradients."""
+        set_learning_rate(self.optimizer, step, self.warmup, self.total)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.healthy = True
+
+    def note(self, loss: Tensor) -> bool:
+        """Remember whether a loss is finite, and say so."""
+        finite = bool(torch.isfinite(loss))
+        self.healthy = self.healthy and finite
+        return finite
+
+    def add(self, loss: Tensor) -> None:
+        """Add the gradients of a part of the loss."""
+        if self.note(loss):
+            loss.backward()
+
+    def finish(self, step: int) -> bool:
+        """Sum the gradients over the processes, clip, update. A loss or gradient that is not finite, in whichever
+        process, skips the step in all of them and returns False.
 
         Raises DivergedError after `max_nan_steps` skipped steps in a row.
         """
-        set_learning_rate(self.optimizer, step, self.warmup, self.total)
-        self.optimizer.zero_grad(set_to_none=True)
-        healthy = bool(torch.isfinite(loss))
-        if healthy:
-            loss.backward()
-            parameters = [weight for module in self.modules.values() for weight in module.parameters()]
-            healthy = bool(torch.isfinite(clip_gradients(parameters, self.config.clip_norm)))
-        if healthy:
-            self.optimizer.step()
-            self.nan_steps = 0
-            return True
+        if self.world.every(self.healthy):
+            self._sum_gradients()
+            if bool(torch.isfinite(clip_gradients(self.parameters, self.config.clip_norm))):
+                self.optimizer.step()
+                self.nan_steps = 0
+                return True
         self.nan_steps += 1
         if self.nan_steps >= self.max_nan_steps:
             raise DivergedError(f"step {step}: loss or gradient not finite {self.nan_steps} times in a row")
         return False
+
+    def _sum_gradients(self) -> None:
+        if self.world.size == 1:
+            return
+        weights = self.parameters
+        here = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int32)
+        self.world.sum_([here])
+        used = [weight for weight, count in zip(weights, here.tolist(), strict=True) if count]
+        for weight in used:
+            if weight.grad is None:  # a process whose share of the batch is empty
+                weight.grad = torch.zeros_like(weight)
+        self.world.sum_([weight.grad for weight in used if weight.grad is not None])
