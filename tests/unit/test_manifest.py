@@ -92,7 +92,10 @@ def test_an_edited_record_is_no_reason_to_refuse(tmp_path: Path) -> None:
 def test_a_newer_schema_is_refused_with_the_next_move(tmp_path: Path) -> None:
     folder = written(tmp_path / "a", made())
     edit(folder, schema=SCHEMA + 1, a_new_field=True, digest=None)
-    with pytest.raises(ArtifactError, match=f"schema {SCHEMA + 1}, written by realm-ops .*, this code reads {SCHEMA}; use the version that"):
+    with pytest.raises(
+        ArtifactError,
+        match=f"schema {SCHEMA + 1}, written by realm-ops .*, this code reads {SCHEMA}; use the version that",
+    ):
         read_manifest(folder)
 
 
