@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from assets.reporting import materialized, stage_run
+from realm_core.artifacts import corpora
 from realm_core.artifacts.store import Store
 from realm_core.ports import NullSink
 from realm_core.stages import CODE
@@ -36,7 +37,7 @@ def pretraining_shards(
         context.log.info("this home draws its queries from corpus_shards; realm run --pretrain-corpus gives it another")
         return
     with stage_run(context):
-        config, source, same = store.config(), store.source("pretrain_corpus"), store.newest("corpus")
+        config, source, same = store.config(), store.source("pretrain_corpus"), corpora.first(store)
         folder = store.version_for("pretrain_corpus", corpus.plan(config, source=source, vocabulary=same))
         manifest = corpus.run(config, source=source, vocabulary=same, out=folder, sink=NullSink())
     yield materialized(folder, manifest)

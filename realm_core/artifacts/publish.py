@@ -24,6 +24,7 @@ from realm_core.errors import ArtifactError, BusyError, RealmError
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What libraries say that write by themselves and lose the error number: safetensors, numpy.
 _NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _READ_ONLY_TEXT = re.compile(r"attempt to write a readonly database|unable to open database file|disk I/O error")
 _NO_ROOM_TEXT = re.compile(rf"os error ({'|'.join(map(str, _NO_ROOM))})\)|No space left|requested and \d+ written")
 
@@ -125,6 +126,20 @@ def finished(folder: Path, plan: Plan) -> Manifest | None:
     if not plan.describes(manifest):
         raise ArtifactError(f"{folder}: holds a result of other inputs, settings or code; choose another name")
     return manifest
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put a published file under a second name without a second copy of its bytes where the file system can do that.
+
+    Published files are never written to, so both names may share them. Whoever writes `target` anew unlinks it first.
+    """
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)
 
 
 def write_durably(path: Path, text: str) -> None:

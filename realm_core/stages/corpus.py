@@ -22,7 +22,7 @@ from realm_core.ports import MetricSink
 from realm_core.stages import CODE
 from realm_core.text.tokenizer import Tokenizer, build_vocabulary
 
-_PLAN = ".plan.json"  # in the scratch folder: what a killed attempt was making
+PLAN = ".plan.json"  # in the scratch folder: what a killed attempt was making
 
 
 def plan(config: Config, *, source: str | Path, source_format: str = AUTO, vocabulary: Path | None = None) -> Plan:
@@ -56,7 +56,7 @@ def run(
     record: dict[str, Any] = {}
     tally = Tally()
     with building(out, doing, resume=True) as build:
-        _drop_foreign_files(build)
+        drop_foreign_files(build)
         try:
             report = write_shards(
                 found.read(settings.on_error, tally),
@@ -76,11 +76,11 @@ def run(
             shutil.rmtree(build.folder)  # a second attempt would meet the same data
             raise
         write_report(build.folder, {"source": found.kind, **report})
-        (build.folder / _PLAN).unlink()
+        (build.folder / PLAN).unlink()
         sizes = report.pop("shards")
         sink.log(0, {"corpus/blocks": report["blocks"], "corpus/documents": report["documents"]})
         facts = {"source": found.kind, **report, "shard_blocks": sizes, "shards": shard_digests(build.folder, sizes)}
-        return build.commit(facts, record={**record, "peak_mib": _peak_mib()})
+        return build.commit(facts, record={**record, "peak_mib": peak_mib()})
 
 
 def shard_digests(folder: Path, names: dict[str, int]) -> dict[str, str]:
@@ -107,11 +107,12 @@ def _plan(config: Config, source: Source, vocabulary: Path | None) -> Plan:
     return Plan(stage="corpus", code=CODE["corpus"], config_digest=digest, sources=sources)
 
 
-def _drop_foreign_files(build: Build) -> None:
+def drop_foreign_files(build: Build) -> None:
     """Empty the scratch folder unless a killed attempt at this very plan left it."""
     doing = build.plan
-    mark = json.dumps([doing.code, doing.config_digest, dict(doing.sources)], sort_keys=True) + "\n"
-    path = build.folder / _PLAN
+    made_from = [doing.stage, doing.code, doing.config_digest, doing.parent_digests, dict(doing.sources)]
+    mark = json.dumps(made_from, sort_keys=True) + "\n"
+    path = build.folder / PLAN
     if path.is_file() and path.read_text(encoding="utf-8") == mark:
         return
     for entry in build.folder.iterdir():
@@ -129,7 +130,7 @@ def _texts(config: Config, source: Source) -> Iterator[str]:
         yield as_plain(document).text
 
 
-def _peak_mib() -> dict[str, float]:
+def peak_mib() -> dict[str, float]:
     """Peak memory of this process and of its largest worker."""
     kinds = {"main": resource.RUSAGE_SELF, "worker": resource.RUSAGE_CHILDREN}
     return {name: round(resource.getrusage(kind).ru_maxrss / 1024, 1) for name, kind in kinds.items()}
