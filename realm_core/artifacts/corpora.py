@@ -73,11 +73,14 @@ def removed_between(store: Store, older: Path, newer: Path) -> int | None:
 
 
 @contextmanager
-def growing(store: Store) -> Iterator[None]:
-    """Held from the change of the corpus to the promotion of its index. Raises BusyError if somebody else does that."""
+def growing(store: Store, patience: float = 0.5) -> Iterator[None]:
+    """Held from the change of the corpus to the promotion of its index. Raises BusyError if somebody else does that.
+
+    Waits `patience` seconds, because an onlooker may be looking just now.
+    """
     lock = FileLock(store.home / ".corpus.lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise BusyError(
             f"{store.home}: its corpus is being changed by another process; wait for it or stop it"
@@ -93,7 +96,7 @@ def growing(store: Store) -> Iterator[None]:
 def is_growing(store: Store) -> bool:
     """Whether some process changes the corpus now."""
     try:
-        with growing(store):
+        with growing(store, patience=0.0):
             return False
     except BusyError:
         return True

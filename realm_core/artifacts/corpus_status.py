@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from realm_core.artifacts import inbox
 from realm_core.artifacts.keys import checkpoint_of
 from realm_core.artifacts.manifest import Manifest
 from realm_core.artifacts.store import Store
@@ -10,7 +11,7 @@ _DEAD, _DELTAS = 0.2, 64  # share of dead blocks, and shards beyond the first ve
 
 
 def status_of(store: Store) -> dict[str, Any]:
-    """{"live", "newest", "behind", "versions", "dead_share", "delta_shards", "advice"}; plain values."""
+    """{"live", "newest", "versions", "dead_share", "delta_shards", "inbox", "refused", "advice"}; plain values."""
     live = store.live()
     names = store.names("corpus")
     manifests = {name: store.manifest("corpus", name) for name in names}
@@ -34,6 +35,8 @@ def status_of(store: Store) -> dict[str, Any]:
         "versions": versions,
         "dead_share": round(dead, 4),
         "delta_shards": deltas,
+        "inbox": [path.name for path in inbox.pending(store.home, now=float("inf"))],
+        "refused": inbox.refused(store.home),
         "advice": advice,
     }
 
@@ -50,6 +53,9 @@ def status_text(found: dict[str, Any]) -> str:
     lines.append(
         f"{found['dead_share']:.1%} of the stored blocks are removed, {found['delta_shards']} shards were added"
     )
+    for what in ("inbox", "refused"):
+        if found[what]:
+            lines.append(f"{what}: {', '.join(found[what])}")
     return "\n".join([*lines, *([f"next: {found['advice']}"] if found["advice"] else [])])
 
 

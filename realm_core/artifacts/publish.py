@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -113,6 +113,35 @@ def building(final: Path, plan: Plan, *, resume: bool = False) -> Iterator[Build
         if not resume:
             shutil.rmtree(scratch, ignore_errors=True)
         lock.release()  # the lock file stays: removing it would let two builders hold two locks of one name
+
+
+def adopt(folder: Path, final: Path) -> Manifest:
+    """Publish a finished artifact from elsewhere as `final`, manifest and digest as they are.
+
+    Raises ArtifactError if a byte differs from its manifest, or if `final` holds another one.
+    """
+    manifest = read_manifest(folder)
+    if (final / MANIFEST).is_file() and read_manifest(final).digest == manifest.digest:
+        return manifest
+    plan = Plan(stage=manifest.stage, code=manifest.code, config_digest=manifest.config_digest)
+    with building(final, plan) as build:
+        for name, digest in manifest.files.items():
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ArtifactError(
+                    f"{folder / MANIFEST}: names {name!r}, outside its folder; this is no artifact of ours"
+                )
+            source, target = folder / name, build.folder / name
+            if not source.is_file():
+                raise ArtifactError(f"{source}: missing; run the stage {manifest.stage} again")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(source, target)
+            if file_sha256(target) != digest:
+                raise ArtifactError(
+                    f"{source}: other bytes than its manifest says; run the stage {manifest.stage} again"
+                )
+        write_durably(build.folder / MANIFEST, manifest.to_json())
+        build.manifest = manifest
+    return manifest
 
 
 def finished(folder: Path, plan: Plan) -> Manifest | None:

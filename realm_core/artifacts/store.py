@@ -169,6 +169,11 @@ class Store:
         names = self._versions(kind)
         if names and plan.describes(self.manifest(kind, names[-1])):
             return self.path(kind, names[-1])
+        return self.next_version(kind)
+
+    def next_version(self, kind: str) -> Path:
+        """The folder of a version that is still to be made."""
+        names = self._versions(kind)
         return self.path(kind, f"v{int(names[-1][1:]) + 1 if names else 1:04d}")
 
     def _versions(self, kind: str) -> list[str]:
