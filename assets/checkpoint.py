@@ -5,7 +5,9 @@ import dagster as dg
 
 from assets.partitions import REALM_CKPT
 from assets.reporting import CODE_VERSION_TAG, DATA_VERSION_TAG, describe, materialized, stage_run
-from realm_core.artifacts.store import Store, parse_key
+from realm_core.artifacts import corpora
+from realm_core.artifacts.keys import checkpoint_of, parse_key
+from realm_core.artifacts.store import Store
 from realm_core.ports import Tracker
 from realm_core.stages import CODE
 
@@ -32,7 +34,7 @@ def realm_checkpoint(
     """Retriever and encoder after so many joint steps; parent, live index and mean metrics are in the manifest."""
     from realm_core.stages import pretrain
 
-    key = context.partition_key
+    key = checkpoint_of(context.partition_key)
     with stage_run(context):
         if not store.has("checkpoints", key):
             run, step = parse_key(key)
@@ -40,7 +42,7 @@ def realm_checkpoint(
                 store.config(),
                 store=store,
                 training_run=run,
-                corpus=store.pretraining_corpus(),
+                corpus=corpora.of_run(store, run),
                 start=store.newest("ict"),
                 until=step,
                 sink=tracker.sink(run),

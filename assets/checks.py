@@ -9,7 +9,9 @@ import dagster as dg
 
 from assets.partitions import REALM_CKPT
 from assets.reporting import stage_run
-from realm_core.artifacts.store import Store, parse_key
+from realm_core.artifacts import corpora
+from realm_core.artifacts.keys import checkpoint_of, parse_key
+from realm_core.artifacts.store import Store
 from realm_core.ports import Tracker
 
 CHECKS = {
@@ -40,8 +42,8 @@ def index_checks(
             store.config(),
             index=store.path("indexes", key),
             snapshot=store.path("snapshots", key),
-            checkpoint=store.path("checkpoints", key),
-            corpus=store.newest("corpus"),
+            checkpoint=store.path("checkpoints", checkpoint_of(key)),
+            corpus=corpora.under(store, key),
             out=store.path("verdicts", key),
         )
     run, step = parse_key(key)

@@ -4,7 +4,9 @@ import dagster as dg
 
 from assets.partitions import REALM_CKPT
 from assets.reporting import materialized, stage_run
-from realm_core.artifacts.store import Store, parse_key
+from realm_core.artifacts import corpora
+from realm_core.artifacts.keys import checkpoint_of, parse_key
+from realm_core.artifacts.store import Store
 from realm_core.ports import NullSink, Tracker
 from realm_core.stages import CODE
 
@@ -25,7 +27,7 @@ def sparse_reader(
         config = store.config()
         inputs = {
             "checkpoint": store.newest("ict"),
-            "corpus": store.newest("corpus"),
+            "corpus": corpora.first(store),
             "questions": store.newest("questions"),
         }
         folder = store.version_for("sparse_readers", finetune.plan(config, index=None, **inputs))
@@ -53,10 +55,10 @@ def qa_eval(
         manifest = evaluate.run(
             store.config(),
             index=store.path("indexes", key),
-            checkpoint=store.path("checkpoints", key),
+            checkpoint=store.path("checkpoints", checkpoint_of(key)),
             reader=store.newest("sparse_readers"),
             reader_start=store.parent(store.newest("sparse_readers"), "checkpoint"),
-            corpus=store.newest("corpus"),
+            corpus=corpora.under(store, key),
             questions=store.newest("questions"),
             split="dev",
             out=out,

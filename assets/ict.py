@@ -3,6 +3,7 @@
 import dagster as dg
 
 from assets.reporting import materialized, stage_run
+from realm_core.artifacts import corpora
 from realm_core.artifacts.store import Store
 from realm_core.ports import Tracker
 from realm_core.stages import CODE
@@ -16,7 +17,7 @@ def ict_checkpoint(
     from realm_core.stages import ict
 
     with stage_run(context):
-        config, corpus = store.config(), store.newest("corpus")
+        config, corpus = store.config(), corpora.first(store)
         folder = store.version_for("ict", ict.plan(config, corpus=corpus))
         manifest = ict.run(config, corpus=corpus, out=folder, sink=tracker.sink("ict"))
     tracker.tag("ict", {"ict_digest": manifest.digest, "dagster_run_id": context.run.run_id})

@@ -4,7 +4,9 @@ import dagster as dg
 
 from assets.partitions import REALM_CKPT
 from assets.reporting import materialized, stage_run
-from realm_core.artifacts.store import Store, parse_key
+from realm_core.artifacts import corpora
+from realm_core.artifacts.keys import checkpoint_of, parse_key
+from realm_core.artifacts.store import Store
 from realm_core.ports import NullSink, Tracker
 from realm_core.stages import CODE
 
@@ -19,7 +21,8 @@ from realm_core.stages import CODE
     retry_policy=dg.RetryPolicy(max_retries=1),
 )
 def embedding_snapshot(context: dg.AssetExecutionContext, store: dg.ResourceParam[Store]) -> dg.MaterializeResult:
-    """One vector a block from one checkpoint. A killed pass resumes at the shard it was in."""
+    """One vector a block from one checkpoint. A killed pass resumes at the shard it was in; over a corpus that has grown
+    only new blocks are embedded."""
     from realm_core.stages import reembed
 
     key = context.partition_key
@@ -27,10 +30,11 @@ def embedding_snapshot(context: dg.AssetExecutionContext, store: dg.ResourcePara
     with stage_run(context):
         manifest = reembed.run(
             store.config(),
-            checkpoint=store.path("checkpoints", key),
-            corpus=store.newest("corpus"),
+            checkpoint=store.path("checkpoints", checkpoint_of(key)),
+            corpus=corpora.under(store, key),
             out=out,
             sink=NullSink(),
+            earlier=corpora.snapshots_beside(store, key),
         )
     return materialized(out, manifest)
 
@@ -56,8 +60,8 @@ def mips_index(
         manifest = index.run(
             store.config(),
             snapshot=store.path("snapshots", key),
-            checkpoint=store.path("checkpoints", key),
-            corpus=store.newest("corpus"),
+            checkpoint=store.path("checkpoints", checkpoint_of(key)),
+            corpus=corpora.under(store, key),
             out=out,
             sink=NullSink(),
         )

@@ -5,7 +5,9 @@ import dagster as dg
 from assets.checkpoint import LIVE_POINTER
 from assets.partitions import REALM_CKPT
 from assets.reporting import DATA_VERSION_TAG, materialized, stage_run
-from realm_core.artifacts.store import Store, parse_key
+from realm_core.artifacts import corpora
+from realm_core.artifacts.keys import checkpoint_of, parse_key
+from realm_core.artifacts.store import Store
 from realm_core.ports import NullSink, Tracker
 from realm_core.stages import CODE
 
@@ -14,6 +16,7 @@ class Promotion(dg.Config):
     """Run configuration of a promotion."""
 
     allow_older: bool = False  # a rollback: the same gates, but an older step than the live one may go live
+    allow_drop: bool = False  # documents must go whatever that costs in recall
     reason: str = "refresh"
 
 
@@ -35,7 +38,14 @@ def promoted_index(
 
     key = context.partition_key
     with stage_run(context):
-        live = promote.run(store.config(), store=store, name=key, reason=config.reason, allow_older=config.allow_older)
+        live = promote.run(
+            store.config(),
+            store=store,
+            name=key,
+            reason=config.reason,
+            allow_older=config.allow_older,
+            allow_drop=config.allow_drop,
+        )
     context.log_event(
         dg.AssetObservation(
             asset_key=LIVE_POINTER,
@@ -74,8 +84,8 @@ def qa_reader(
             store.config(),
             index=store.path("indexes", key),
             snapshot=store.path("snapshots", key),
-            checkpoint=store.path("checkpoints", key),
-            corpus=store.newest("corpus"),
+            checkpoint=store.path("checkpoints", checkpoint_of(key)),
+            corpus=corpora.under(store, key),
             questions=store.newest("questions"),
             out=out,
             sink=tracker.sink(f"reader_{key}"),
@@ -102,10 +112,10 @@ def qa_result(
         manifest = evaluate.run(
             store.config(),
             index=store.path("indexes", key),
-            checkpoint=store.path("checkpoints", key),
+            checkpoint=store.path("checkpoints", checkpoint_of(key)),
             reader=store.path("readers", key),
-            reader_start=store.path("checkpoints", key),
-            corpus=store.newest("corpus"),
+            reader_start=store.path("checkpoints", checkpoint_of(key)),
+            corpus=corpora.under(store, key),
             questions=store.newest("questions"),
             split="test",
             out=out,
@@ -134,7 +144,7 @@ def sparse_result(context: dg.AssetExecutionContext, store: dg.ResourceParam[Sto
             checkpoint=None,
             reader=store.newest("sparse_readers"),
             reader_start=store.parent(store.newest("sparse_readers"), "checkpoint"),
-            corpus=store.newest("corpus"),
+            corpus=corpora.first(store),
             questions=store.newest("questions"),
             split="test",
             out=out,

@@ -38,7 +38,12 @@ def demo(
 
 @app.command()
 def run(
-    corpus: Annotated[Path, typer.Option(help="Documents, one JSON object a line with title and text (.gz too).")],
+    corpus: Annotated[
+        Path,
+        typer.Option(
+            help="Documents, one JSON object a line with title and text (.gz too), or a folder of built shards."
+        ),
+    ],
     questions: Annotated[Path, typer.Option(help="Questions, one JSON object a line with question and answers.")],
     pretrain_corpus: Annotated[
         Path | None, typer.Option(help="Other documents to draw masked queries from; those of --corpus by default.")
@@ -158,7 +163,7 @@ def _main_job(
     from realm_core.evaluate.report import rich_table
 
     for path in (corpus, questions, pretrain_corpus):
-        if path is not None and not path.is_file():
+        if path is not None and not (path.is_file() or (path == corpus and (path / "manifest.json").is_file())):
             raise DataError(f"{path}: no such file; pass a JSON-lines file")
     config = settings_for_command(params, profile, overrides)
     report = main_job.run(home, config, profile, corpus, questions, pretrain_corpus)

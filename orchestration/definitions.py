@@ -11,7 +11,7 @@ import dagster as dg
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 
 from assets import checkpoint, checks, corpus, evaluation, ict, index, serving  # noqa: E402
-from orchestration.defs import jobs, sensors  # noqa: E402
+from orchestration.defs import growth, jobs, sensors  # noqa: E402
 from orchestration.resources.store import store_resource  # noqa: E402
 from orchestration.resources.tracking import tracking_resource  # noqa: E402
 
@@ -24,7 +24,7 @@ defs = dg.Definitions(
     ),
     asset_checks=[checks.index_checks],
     jobs=jobs.ALL,
-    sensors=sensors.ALL,
+    sensors=[*sensors.ALL, *growth.ALL],
     resources={"store": store_resource.configured(HOME), "tracker": tracking_resource.configured(HOME)},
     executor=dg.in_process_executor,  # a process a step costs seconds each, and its child survives its killed parent
 )

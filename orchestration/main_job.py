@@ -15,6 +15,8 @@ import dagster as dg
 
 from orchestration import report, services, trainer
 from orchestration.lease import Lease
+from realm_core.artifacts import corpora
+from realm_core.artifacts.keys import checkpoint_of
 from realm_core.artifacts.manifest import file_sha256, read_manifest
 from realm_core.artifacts.publish import operator_error
 from realm_core.artifacts.store import Store, checkpoint_key
@@ -74,7 +76,11 @@ def _alone_in(home: Path) -> int:
 
 def _require_same_sources(store: Store) -> None:
     """A training run stands on one corpus: a source that changed under a home is an error, not half a new home."""
-    roles = {"corpus": "documents", "pretrain_corpus": "documents", "questions": "questions"}
+    from realm_core.stages.corpus import require_same_source
+
+    if store.names("corpus"):
+        require_same_source(corpora.first(store), store.source("corpus"), store.home)
+    roles = {"pretrain_corpus": "documents", "questions": "questions"}
     for kind, role in roles.items():
         if not store.names(kind) or not store.has_source(kind):
             continue
@@ -115,6 +121,7 @@ def _loop(store: Store, instance: dg.DagsterInstance) -> None:
         _say(f"fine-tune and score on {key}")
         select = "qa_reader,qa_result"
         try:
+            instance.add_dynamic_partitions("realm_ckpt", [key])  # that of an index which a command made
             execute(home, instance, ["dagster", "asset", "materialize", "--select", select, "--partition", key])
         except RealmError as problem:  # a start too weak to be tuned costs its row of the report, not the report
             _say(f"warning: no reader on {key}: {problem}")
@@ -204,7 +211,7 @@ def _settled(store: Store, instance: dg.DagsterInstance, key: str) -> bool:
     """Whether the refresh of this checkpoint has ended; the last run too, whose end comes after the pointer's move."""
     live = store.live()
     runs = instance.get_runs(dg.RunsFilter(tags={"realm/checkpoint": key}))
-    asked = bool(runs) or (live is not None and live.index == key)
+    asked = bool(runs) or (live is not None and checkpoint_of(live.index) == key)
     return asked and not any(_goes_on(run) for run in runs)
 
 

@@ -7,6 +7,7 @@ import dagster as dg
 
 from orchestration import services
 from orchestration.resources.tracking import tracker_for
+from realm_core.artifacts.keys import checkpoint_of
 from realm_core.artifacts.manifest import Manifest
 from realm_core.artifacts.publish import read_json_lines
 from realm_core.artifacts.store import Store, checkpoint_key, parse_key
@@ -66,7 +67,7 @@ def _version(store: Store, key: str, instance: dg.DagsterInstance, swaps: list[d
         "recall_at_5": metrics.get("recall_at_5"),
         "exact_match": metrics.get("exact_match"),
         "age_steps": None if served is None else served - step,
-        "null_probability": store.manifest("checkpoints", key).facts["metrics"].get("null_probability"),
+        "null_probability": store.manifest("checkpoints", checkpoint_of(key)).facts["metrics"].get("null_probability"),
         "live": live is not None and live.index_digest == index.digest,
         "verdict": _verdict(verdict),
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.lease import UNSIGNED, Lease
+from realm_core.artifacts import corpora
 from realm_core.artifacts.publish import operator_error, write_durably
 from realm_core.artifacts.store import Store
 from realm_core.errors import BusyError, RealmError
@@ -101,7 +102,7 @@ def main(home: Path, run: str) -> int:
             config,
             store=store,
             training_run=run,
-            corpus=store.pretraining_corpus(),
+            corpus=corpora.of_run(store, run),
             start=store.newest("ict"),
             sink=tracker.sink(run),
             should_stop=(folder / STOP).exists,

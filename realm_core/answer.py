@@ -38,18 +38,20 @@ class Answer:
 
 
 class Answerer:
-    """Answers from the index that was live when it was opened."""
+    """Answers from the index that was live when it was opened, or from the one that was asked for."""
 
     def __init__(self, live: Live, pipeline: Pipeline, reader: str) -> None:
         self.live, self.pipeline, self.reader = live, pipeline, reader
 
     @classmethod
-    def open(cls, store: Store) -> "Answerer":
+    def open(cls, store: Store, as_of: str | None = None) -> "Answerer":
         """Open the live index with the reader fine-tuned on it, else with the newest reader there is.
 
-        Raises ArtifactError if nothing is live or no reader has been trained.
+        `as_of` is the name of another index version, or its digest or the beginning of that: it answers as it did when it
+        was live, for as long as the version and the weights of its checkpoint are kept. Raises ArtifactError if nothing is
+        live, no reader has been trained, or there is no such version.
         """
-        live = store.require_live()
+        live = store.require_live() if as_of is None else _version(store, as_of)
         config = store.config()
         index = store.path("indexes", live.index)
         if open_artifact(index, "index").digest != live.index_digest:
@@ -92,9 +94,29 @@ class Answerer:
 
 
 def _reader_for(store: Store, live: Live) -> Path:
-    """The reader tuned on the live index; else the newest one tuned on another; else the sparse baseline's."""
+    """The reader tuned on the index; else on another of its checkpoint; else on any; else the sparse baseline's."""
     tuned = store.names("readers")
     for name in reversed(tuned):
         if store.manifest("readers", name).parents.get("index") == live.index_digest:
             return store.path("readers", name)
+    for name in reversed(tuned):
+        if store.manifest("readers", name).parents.get("checkpoint") == live.checkpoint_digest:
+            return store.path("readers", name)
     return store.path("readers", tuned[-1]) if tuned else store.newest("sparse_readers")
+
+
+def _version(store: Store, as_of: str) -> Live:
+    """An index version by name or digest, as the pointer would name it."""
+    for name in store.names("indexes"):
+        made = store.manifest("indexes", name)
+        if name == as_of or (len(as_of) >= 6 and made.digest.startswith(as_of)):
+            return Live(
+                index=name,
+                index_digest=made.digest,
+                checkpoint_digest=made.parents["checkpoint"],
+                generation=0,
+                promoted_at=0.0,
+                reason="as of",
+            )
+    known = ", ".join(store.names("indexes")[-5:]) or "none yet"
+    raise ArtifactError(f"{store.home}: no index version named or digested {as_of!r}; newest: {known}")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from realm_core import cli_compat, cli_corpus
+from realm_core import cli_compat, cli_corpus, cli_growth
 from realm_core.artifacts.manifest import Manifest
 from realm_core.artifacts.publish import storage_trouble
 from realm_core.config import settings_for_command
@@ -36,6 +36,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+cli_growth.mount(cli_corpus.corpus_app)
 cli_corpus.mount(app)
 cli_compat.mount(app)
 
@@ -89,6 +90,7 @@ def pretrain(
 
     Runs with the home's settings. With --params, --profile or --set, a folder that is no home yet becomes one with those.
     """
+    from realm_core.artifacts import corpora
     from realm_core.artifacts.store import Store
     from realm_core.stages import pretrain as stage
 
@@ -102,7 +104,7 @@ def pretrain(
         store.config(),
         store=store,
         training_run=run,
-        corpus=corpus or store.pretraining_corpus(),
+        corpus=corpus or corpora.of_run(store, run),
         start=start or store.newest("ict"),
         until=until,
         sink=NullSink(),
@@ -260,13 +262,16 @@ def ask(
     question: Annotated[str, typer.Argument(help="A question in plain words.")],
     home: Home = HOME,
     k: Annotated[int, typer.Option(help="How many passages to show.", min=1)] = 3,
+    as_of: Annotated[
+        str | None, typer.Option(help="Name or digest of another index version to answer from, as it once did.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question from the live index, with the passage it was read from and the index version."""
     from realm_core.answer import Answerer
     from realm_core.artifacts.store import Store
 
-    answer = Answerer.open(Store.open(home)).ask(question, k)
+    answer = Answerer.open(Store.open(home), as_of).ask(question, k)
     if as_json:
         print(json.dumps(answer.to_dict(), ensure_ascii=False))
         return

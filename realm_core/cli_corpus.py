@@ -62,7 +62,7 @@ def corpus_build(
     config = settings_for_command(
         params, profile, [*(set_ or ()), *([f"corpus.on_error={on_error}"] if on_error else [])]
     )
-    used = workers or _workers(Path(input_))
+    used = workers or workers_for(Path(input_))
     manifest = corpus.run(
         config, source=input_, out=out, sink=NullSink(), source_format=source, workers=used, vocabulary=vocabulary
     )
@@ -148,7 +148,8 @@ def qa_build(
     print(json.dumps(summary) if as_json else "\n".join(f"{key}: {value}" for key, value in summary.items()))
 
 
-def _workers(path: Path) -> int:
+def workers_for(path: Path) -> int:
+    """Processes worth starting for an input."""
     if not path.exists():
         return os.cpu_count() or 1  # a dataset: nobody knows its size before it is read
     files = path.iterdir() if path.is_dir() else [path]

@@ -319,6 +319,15 @@ def settings_for_command(params: Path | None, profile: str, overrides: Sequence[
     return load_config(params, profile, overrides or ())
 
 
+def with_on_error(config: Config, on_error: Literal["fail", "skip"] | str | None) -> Config:
+    """The settings, with another answer to bad records where one is given."""
+    if on_error is None:
+        return config
+    values = config.model_dump()
+    values["corpus"]["on_error"] = on_error
+    return config_from(values, where="--on-error")
+
+
 def config_from(values: Mapping[str, Any], where: str) -> Config:
     """Validate plain values; errors name `where` and the key."""
     try:

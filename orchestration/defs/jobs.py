@@ -20,6 +20,12 @@ bootstrap = dg.define_asset_job(
     description="From raw documents to the warm start: shards, questions, ICT checkpoint and the sparse baseline.",
 )
 
+grow_corpus = dg.define_asset_job(
+    "grow_corpus",
+    selection=["corpus_shards"],
+    description="What lies in the inbox becomes the next versions of the corpus; its index is asked for by a sensor.",
+)
+
 refresh_index = dg.define_asset_job(
     "refresh_index",
     selection=dg.AssetSelection.assets("embedding_snapshot", "mips_index", "qa_eval", "promoted_index")
@@ -52,4 +58,4 @@ def start_training() -> None:
     start_detached_trainer()
 
 
-ALL: list[Any] = [bootstrap, refresh_index, finetune, start_training]
+ALL: list[Any] = [bootstrap, grow_corpus, refresh_index, finetune, start_training]

@@ -15,7 +15,7 @@ from realm_core.config import RefreshConfig
 from realm_core.errors import RealmError
 
 EVENTS_A_TICK = 50  # reporting costs some 15-70 ms a checkpoint; a first import of hundreds is spread over ticks
-_UNDER_WAY = [
+UNDER_WAY = [
     status
     for status in dg.DagsterRunStatus
     if status not in (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
@@ -109,7 +109,7 @@ def _requests(
         and not (store.is_pruned(key) or store.is_quarantined(key))
     ]
     if wanted and backlog == "newest":
-        busy = _runs_being_refreshed(context.instance)
+        busy = runs_being_refreshed(context.instance)
         wanted = [key for key in wanted if parse_key(key)[0] not in busy]
     requests = []
     for key in wanted:
@@ -122,9 +122,9 @@ def _requests(
     return requests
 
 
-def _runs_being_refreshed(instance: dg.DagsterInstance) -> set[str]:
+def runs_being_refreshed(instance: dg.DagsterInstance) -> set[str]:
     """Training runs with a refresh that is queued or running."""
-    under_way = instance.get_runs(dg.RunsFilter(job_name=refresh_index.name, statuses=_UNDER_WAY))
+    under_way = instance.get_runs(dg.RunsFilter(job_name=refresh_index.name, statuses=UNDER_WAY))
     return {run.tags.get("dagster/partition", "").rpartition("-s")[0] for run in under_way}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -24,6 +24,7 @@ from realm_core.errors import ArtifactError, BusyError, RealmError
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What libraries say that write by themselves and lose the error number: safetensors, numpy.
 _NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _READ_ONLY_TEXT = re.compile(r"attempt to write a readonly database|unable to open database file|disk I/O error")
 _NO_ROOM_TEXT = re.compile(rf"os error ({'|'.join(map(str, _NO_ROOM))})\)|No space left|requested and \d+ written")
 
@@ -114,6 +115,35 @@ def building(final: Path, plan: Plan, *, resume: bool = False) -> Iterator[Build
         lock.release()  # the lock file stays: removing it would let two builders hold two locks of one name
 
 
+def adopt(folder: Path, final: Path) -> Manifest:
+    """Publish a finished artifact from elsewhere as `final`, manifest and digest as they are.
+
+    Raises ArtifactError if a byte differs from its manifest, or if `final` holds another one.
+    """
+    manifest = read_manifest(folder)
+    if (final / MANIFEST).is_file() and read_manifest(final).digest == manifest.digest:
+        return manifest
+    plan = Plan(stage=manifest.stage, code=manifest.code, config_digest=manifest.config_digest)
+    with building(final, plan) as build:
+        for name, digest in manifest.files.items():
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ArtifactError(
+                    f"{folder / MANIFEST}: names {name!r}, outside its folder; this is no artifact of ours"
+                )
+            source, target = folder / name, build.folder / name
+            if not source.is_file():
+                raise ArtifactError(f"{source}: missing; run the stage {manifest.stage} again")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(source, target)
+            if file_sha256(target) != digest:
+                raise ArtifactError(
+                    f"{source}: other bytes than its manifest says; run the stage {manifest.stage} again"
+                )
+        write_durably(build.folder / MANIFEST, manifest.to_json())
+        build.manifest = manifest
+    return manifest
+
+
 def finished(folder: Path, plan: Plan) -> Manifest | None:
     """The manifest if `folder` already holds the result of `plan`, None if it is free.
 
@@ -125,6 +155,20 @@ def finished(folder: Path, plan: Plan) -> Manifest | None:
     if not plan.describes(manifest):
         raise ArtifactError(f"{folder}: holds a result of other inputs, settings or code; choose another name")
     return manifest
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put a published file under a second name without a second copy of its bytes where the file system can do that.
+
+    Published files are never written to, so both names may share them. Whoever writes `target` anew unlinks it first.
+    """
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -3,7 +3,8 @@
 home/
   home.json                 schema, settings and sources of this home
   corpus/v0001 …            also pretrain_corpus/ questions/ ict/ sparse_readers/: versions in the order they were made
-  checkpoints/RUN-s0000500  also snapshots/ indexes/ verdicts/ evaluations/ readers/ results/: by checkpoint
+  checkpoints/RUN-s0000500  also snapshots/ indexes/ verdicts/ evaluations/ readers/ results/: by checkpoint, and
+                            RUN-s0000500+v0002 … where the corpus has grown since (see keys, corpora)
   live.json                 the index version that answers; live.history.jsonl, every move it made
   trainer/RUN/              lease, step log and index swaps of a training run
 """
@@ -20,44 +21,25 @@ from typing import Any
 
 from filelock import FileLock
 
+from realm_core.artifacts.keys import checkpoint_key, checkpoint_of, parse_key, require_run_name
 from realm_core.artifacts.manifest import MANIFEST, PRUNED, QUARANTINED, Manifest, Plan, read_manifest
 from realm_core.artifacts.publish import append_durably, operator_error, read_json_lines, write_durably
 from realm_core.config import Config, config_from
 from realm_core.errors import ArtifactError, ConfigError
 
+__all__ = ["BY_CHECKPOINT", "PRUNED", "VERSIONED", "Live", "Store", "checkpoint_key", "parse_key", "require_run_name"]
+
 SCHEMA = 1
 VERSIONED = ("corpus", "pretrain_corpus", "questions", "ict", "sparse_readers")
 BY_CHECKPOINT = ("checkpoints", "snapshots", "indexes", "verdicts", "evaluations", "readers", "results")
 _VERSION = re.compile(r"^v\d{4,}$")
-_RUN = re.compile(r"[a-z0-9][a-z0-9_]*")
-_KEY = re.compile(r"^(?P<run>[a-z0-9][a-z0-9_]*)-s(?P<step>\d{7})$")
-
-
-def checkpoint_key(run: str, step: int) -> str:
-    """Name of a checkpoint and of everything made from it; sorts by step within a run."""
-    return f"{require_run_name(run)}-s{step:07d}"
-
-
-def require_run_name(run: str) -> str:
-    """The name itself. Raises ConfigError unless it can stand in a checkpoint key and as a folder."""
-    if not _RUN.fullmatch(run):
-        raise ConfigError(f"{run!r}: not a name of a training run; use lower-case letters, digits and _")
-    return run
-
-
-def parse_key(key: str) -> tuple[str, int]:
-    """(run, step) of a checkpoint key. Raises ConfigError on anything else."""
-    match = _KEY.match(key)
-    if match is None:
-        raise ConfigError(f"{key!r}: not a checkpoint key; they look like {checkpoint_key('r1', 500)}")
-    return match["run"], int(match["step"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Live:
     """Which index version answers."""
 
-    index: str  # its name, equal to the key of its checkpoint
+    index: str  # its name: the key of its checkpoint, and the version of the corpus where that has grown since
     index_digest: str
     checkpoint_digest: str
     generation: int  # counts the moves of the pointer
@@ -187,6 +169,11 @@ class Store:
         names = self._versions(kind)
         if names and plan.describes(self.manifest(kind, names[-1])):
             return self.path(kind, names[-1])
+        return self.next_version(kind)
+
+    def next_version(self, kind: str) -> Path:
+        """The folder of a version that is still to be made."""
+        names = self._versions(kind)
         return self.path(kind, f"v{int(names[-1][1:]) + 1 if names else 1:04d}")
 
     def _versions(self, kind: str) -> list[str]:
@@ -306,7 +293,7 @@ class Store:
         Spared are the newest `keep`, those in `spare`, what the live index was built from, and what is being refreshed.
         """
         live = self.live()
-        spared = spare | ({live.index} if live else set())
+        spared = {checkpoint_of(name) for name in spare | ({live.index} if live else set())}
         dropped = []
         for key in self.checkpoints(run)[:-keep]:
             if key in spared or self._being_refreshed(key, live):
@@ -326,14 +313,18 @@ class Store:
 
         True from the first embedded shard until the verdict refuses it, it is scored, or a later step is live.
         """
-        begun = (self.home / "snapshots" / f".{key}.partial").exists() or self.has("snapshots", key)
-        if not begun or self.has("evaluations", key):
+        grown = {path.name.strip(".").removesuffix(".partial") for path in (self.home / "snapshots").glob(f"*{key}+*")}
+        return any(self._may_go_live(name, live) for name in {key, *grown})
+
+    def _may_go_live(self, name: str, live: Live | None) -> bool:
+        begun = (self.home / "snapshots" / f".{name}.partial").exists() or self.has("snapshots", name)
+        if not begun or self.has("evaluations", name):
             return False
         if live is not None:
-            (run, step), (live_run, live_step) = parse_key(key), parse_key(live.index)
+            (run, step), (live_run, live_step) = parse_key(name), parse_key(live.index)
             if run == live_run and step <= live_step:
                 return False
-        return not self.has("verdicts", key) or bool(self.manifest("verdicts", key).facts["passed"])
+        return not self.has("verdicts", name) or bool(self.manifest("verdicts", name).facts["passed"])
 
 
 def _drop_files(folder: Path) -> None:

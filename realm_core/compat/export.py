@@ -147,8 +147,11 @@ def _write_passages(folder: Path, index: Path, manifest: Manifest, corpus: Path)
     row = 0
     with pq.ParquetWriter(folder / "passages.parquet", schema, compression="zstd") as writer:
         for shard in Corpus.open(corpus).shards.values():
+            stored = 0
             with pq.ParquetFile(shard.folder / BLOCKS_FILE) as file:
-                for batch in file.iter_batches(columns=_COLUMNS):
+                for whole in file.iter_batches(columns=_COLUMNS):
+                    batch = whole.take(pa.array(shard.kept_between(stored, stored + len(whole))))
+                    stored += len(whole)
                     rows = pa.array(range(row, row + len(batch)), pa.int64())
                     writer.write_batch(pa.RecordBatch.from_arrays([rows, *batch.columns], schema=schema))
                     row += len(batch)

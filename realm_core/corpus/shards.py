@@ -10,10 +10,11 @@ from typing import Any, SupportsIndex
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int32, Shaped
+from jaxtyping import Int32, Int64, Shaped
 from numpy import ndarray
 
 from realm_core.corpus.layout import BLOCKS_FILE, ROWS_PER_GROUP, TOKENS_FILE, VOCABULARY_FILE, Array, map_arrays
+from realm_core.corpus.tombstones import TOMBSTONES_FILE, by_shard, read_tombstones
 from realm_core.corpus.writer import write_shards
 from realm_core.errors import ArtifactError, DataError
 from realm_core.text.blocks import Block
@@ -32,35 +33,58 @@ _GROUPS_KEPT = 8  # decompressed row groups a shard keeps in memory
 
 
 class Shard:
-    """One shard; rows count from 0 within it."""
+    """One shard; rows count from 0 within it, and pass over what `removed` (ranges of the rows in its files) names."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, removed: Sequence[tuple[int, int]] = ()) -> None:
         self.folder = folder
         self.name = folder.name
         self.arrays: Mapping[str, Array] = map_arrays(folder / TOKENS_FILE)
         missing = {*_OFFSETS, *_OFFSETS.values()} - set(self.arrays)
         if missing:
             raise ArtifactError(f"{folder / TOKENS_FILE}: no array {min(missing)}; re-run the corpus stage")
-        self.blocks = len(self.arrays["token_offsets"]) - 1
+        self.stored = len(self.arrays["token_offsets"]) - 1  # rows in the files
+        self.kept = _kept(folder, self.stored, removed)  # their numbers there; None: all of them
+        self.blocks = self.stored if self.kept is None else len(self.kept)
         self._groups: OrderedDict[int, pa.Table] = OrderedDict()
 
     def values(self, name: str, row: int) -> Array:
         """The row's part of a flat array, as a read-only view."""
-        offsets = self.arrays[_OFFSETS[name]]
+        offsets, row = self.arrays[_OFFSETS[name]], self.place(row)
         return self.arrays[name][offsets[row] : offsets[row + 1]]
+
+    def lengths(self, name: str) -> Int64[ndarray, "N"]:
+        """How many values of a flat array every row has."""
+        lengths = np.diff(self.arrays[_OFFSETS[name]])
+        return lengths if self.kept is None else lengths[self.kept]
+
+    def place(self, row: int) -> int:
+        """Where the row stands in the files."""
+        return row if self.kept is None else int(self.kept[row])
+
+    def kept_between(self, start: int, stop: int) -> Int64[ndarray, "_"]:
+        """Rows of the files from `start` to `stop` that are not removed, counted from `start`."""
+        if self.kept is None:
+            return np.arange(stop - start)
+        low, high = np.searchsorted(self.kept, (start, stop))
+        return self.kept[low:high] - start
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column of the block table in row order."""
+        column = self._read(lambda file: file.read(columns=[name])).column(0)
+        return column if self.kept is None else column.take(pa.array(self.kept))
 
     @cached_property
     def block_ids(self) -> Shaped[ndarray, "N"]:
         """Identities in row order."""
-        table = self._read(lambda file: file.read(columns=["block_id"]))
-        return np.array(table.column(0).to_pylist(), dtype="U32")
+        return np.array(self.column("block_id").to_pylist(), dtype="U32")
 
     def titles(self) -> list[str]:
         """Titles in row order."""
-        return self._read(lambda file: file.read(columns=["title"])).column(0).to_pylist()
+        return self.column("title").to_pylist()
 
     def record(self, row: int) -> dict[str, Any]:
         """block_id, doc_id, title, text, start, stop of a row."""
+        row = self.place(row)
         group = row // ROWS_PER_GROUP
         if group not in self._groups:
             self._groups[group] = self._read(lambda file: file.read_row_group(group))
@@ -74,12 +98,12 @@ class Shard:
         try:
             with pq.ParquetFile(path) as file:  # not kept open: a large corpus has thousands of shards
                 found = file.metadata.num_rows
-                if found == self.blocks:
+                if found == self.stored:
                     return part(file)
         except (OSError, pa.ArrowException) as error:
             reason = str(error).splitlines()[0]
             raise ArtifactError(f"{path}: cannot be read ({reason}); re-run the corpus stage") from None
-        raise ArtifactError(f"{path}: {found} rows, {TOKENS_FILE} has {self.blocks}; re-run the corpus stage")
+        raise ArtifactError(f"{path}: {found} rows, {TOKENS_FILE} has {self.stored}; re-run the corpus stage")
 
 
 class Corpus:
@@ -101,7 +125,12 @@ class Corpus:
         names = sorted(path.name for path in folder.glob("shard-*") if path.is_dir())
         if not names or not (folder / VOCABULARY_FILE).is_file():
             raise ArtifactError(f"{folder}: not a corpus (no shard-* or no {VOCABULARY_FILE}); run the corpus stage")
-        return cls(folder, {name: Shard(folder / name) for name in names})
+        removed = by_shard(read_tombstones(folder))
+        if unknown := sorted(removed.keys() - set(names)):
+            raise ArtifactError(
+                f"{folder / TOMBSTONES_FILE}: names {unknown[0]}, which is not there; restore the folder"
+            )
+        return cls(folder, {name: Shard(folder / name, removed.get(name, ())) for name in names})
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -178,6 +207,10 @@ class Corpus:
         order = np.argsort(self.block_ids, kind="stable")
         return order, self.block_ids[order]
 
+    def lengths(self, name: str) -> Int64[ndarray, "N"]:
+        """How many values of a flat array of the shards every row has."""
+        return np.concatenate([shard.lengths(name) for shard in self._order])
+
     def _values(self, name: str, row: SupportsIndex) -> Array:
         shard, local = self._locate(row)
         return shard.values(name, local)
@@ -193,3 +226,14 @@ class Corpus:
         position = bisect_right(self._ends, row)
         shard = self._order[position]
         return shard, row - (self._ends[position] - shard.blocks)
+
+
+def _kept(folder: Path, stored: int, removed: Sequence[tuple[int, int]]) -> Int64[ndarray, "N"] | None:
+    if not removed:
+        return None
+    if max(stop for _, stop in removed) > stored:
+        raise ArtifactError(f"{folder}: tombstones beyond its {stored} blocks; restore the folder")
+    alive = np.ones(stored, dtype=bool)
+    for start, stop in removed:
+        alive[start:stop] = False
+    return np.flatnonzero(alive).astype(np.int64)

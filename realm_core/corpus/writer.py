@@ -9,7 +9,7 @@ packed; a killed attempt is taken up where it stopped.
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from realm_core.errors import ConfigError, DataError
 from realm_core.text.taggers import make_tagger
 from realm_core.text.tokenizer import Tokenizer
 
-__all__ = ["shard_name", "shard_of", "write_shards"]
+__all__ = ["ShardWriter", "count_duplicates", "shard_name", "shard_of", "write_shards"]
 
 SPOOL = ".spool"
 _PARTS = 64  # files over which block identities are spread to be counted
@@ -49,6 +49,7 @@ def write_shards(
     *,
     place: str = "the corpus",
     shards: int = 1,
+    first: int = 0,
     limit: int = 288,
     splitter: str = "syntok",
     tagger: str = "rules",
@@ -64,7 +65,7 @@ def write_shards(
     as another block; kept, as in the original code), sentences, spans, span_labels, blocks_without_span, notes
     {sentences_split, titles_cut, …}, input {what the reader noted}, block_lengths {lower end of a 32-wordpiece bin,
     specials included: blocks}, tagger {name, version}, shards {name: blocks}. `tally` is what the reader of `documents`
-    fills; `record` receives seconds and rates, which differ from run to run.
+    fills; `record` receives seconds and rates, which differ from run to run. Shards are numbered from `first` on.
 
     Memory does not depend on the number of documents. An attempt that was killed leaves `out/.spool`; the same call
     takes it up, an interrupted reading from the start, finished shards not at all. Raises DataError for a repeated
@@ -83,21 +84,22 @@ def write_shards(
         spool.fill(documents, tally)
         read = time.perf_counter()
         total, fresh, sizes = Stats(), Stats(), dict[str, int]()
-        known = {number: _finished(spool, number, out / shard_name(number)) for number in range(shards)}
+        folders = [out / shard_name(first + number) for number in range(shards)]
+        known = {number: _finished(spool, number, folder) for number, folder in enumerate(folders)}
         with packers(tokenizer, settings, chosen, workers) as pack:
             packed = _Packed(spool, [number for number, stats in known.items() if stats is None], pack, on_error)
             for number, stats in known.items():
                 if stats is None:
-                    stats = _write_shard(spool, number, out / shard_name(number), packed)
+                    stats = _write_shard(spool, number, folders[number], packed)
                     fresh.add(stats)
                 total.add(stats)
-                sizes[shard_name(number)] = stats.blocks
+                sizes[folders[number].name] = stats.blocks
         if not total.blocks:
             raise DataError(
                 f"{place}: none of {tally.documents} documents gave a block "
                 f"(dropped: {dict(total.dropped + tally.dropped)}); check that their text is where the format expects it"
             )
-        duplicates = _duplicates([out / name / BLOCKS_FILE for name in sizes], out / SPOOL)
+        duplicates = count_duplicates(_identities(out / name / BLOCKS_FILE for name in sizes), out / SPOOL)
     except DataError:
         shutil.rmtree(out / SPOOL, ignore_errors=True)  # a second attempt would meet the same data
         raise
@@ -145,7 +147,7 @@ class _Packed:
 
 def _write_shard(spool: Spool, number: int, folder: Path, packed: _Packed) -> Stats:
     total = Stats()
-    writer = _ShardWriter(folder)
+    writer = ShardWriter(folder)
     try:
         for columns, stats in packed.of(number):
             writer.add(columns)
@@ -159,7 +161,7 @@ def _write_shard(spool: Spool, number: int, folder: Path, packed: _Packed) -> St
     return total
 
 
-class _ShardWriter:
+class ShardWriter:
     """Writes a shard as its blocks come; holds one row group and the offsets."""
 
     def __init__(self, folder: Path) -> None:
@@ -209,24 +211,29 @@ class _ShardWriter:
             del values[:rows]
 
 
-def _duplicates(paths: Iterable[Path], scratch: Path) -> int:
+def count_duplicates(identities: Iterable[Sequence[str]], scratch: Path) -> int:
     """Blocks whose identity another block has already. Counted by parts, so that memory holds a fraction of them."""
     parts: list[bytearray] = [bytearray() for _ in range(_PARTS)]
     scratch.mkdir(exist_ok=True)
     files = [scratch / f"identities-{number:02d}" for number in range(_PARTS)]
     for file in files:
         file.unlink(missing_ok=True)
-    for path in paths:
-        with pq.ParquetFile(path) as table:
-            for batch in table.iter_batches(columns=["block_id"]):
-                for identity in batch.column(0).to_pylist():
-                    raw = bytes.fromhex(identity)
-                    parts[raw[0] % _PARTS] += raw
+    for portion in identities:
+        for identity in portion:
+            raw = bytes.fromhex(identity)
+            parts[raw[0] % _PARTS] += raw
         for file, part in zip(files, parts, strict=True):
             with file.open("ab") as target:
                 target.write(part)
             part.clear()
     return sum(_repeated(file) for file in files)
+
+
+def _identities(paths: Iterable[Path]) -> Iterator[list[str]]:
+    for path in paths:
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(columns=["block_id"]):
+                yield batch.column(0).to_pylist()
 
 
 def _repeated(path: Path) -> int:

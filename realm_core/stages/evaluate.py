@@ -162,8 +162,8 @@ def open_pipeline(
     corpus: Path,
     device: Device,
 ) -> Pipeline:
-    """Open retriever and reader. The fine-tuned question tower is used only on the index it was tuned for: on any other,
-    questions are embedded by the checkpoint the index was built from."""
+    """Open retriever and reader. The fine-tuned question tower is used only on indexes of the checkpoint it was tuned on: on
+    any other, questions are embedded by the checkpoint the index was built from."""
     made = read_manifest(reader)
     if made.parents["checkpoint"] != read_manifest(reader_start).digest:
         raise ArtifactError(f"{reader}: not fine-tuned from {reader_start}; pass the checkpoint it started from")
@@ -172,7 +172,10 @@ def open_pipeline(
     if index is not None:
         assert checkpoint is not None, "an index comes with its checkpoint"
         version = open_version(index, checkpoint=checkpoint, corpus=corpus, device=device)
-        adds_relevance = made.parents.get("index") == version.digest
+        # Whatever the corpus, the vectors of one checkpoint are of one space: a tower tuned on them fits all its versions.
+        adds_relevance = (
+            "index" in made.parents and made.parents["checkpoint"] == version.manifest.parents["checkpoint"]
+        )
         if adds_relevance and (reader / QUESTION_TOWER).is_file():
             with_question_tower(version.retriever, reader).to(device.torch_device)
     opened = version.corpus if version is not None else Corpus.open(corpus)

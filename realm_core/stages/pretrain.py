@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from realm_core.artifacts.keys import checkpoint_of
 from realm_core.artifacts.manifest import Manifest, Plan, open_artifact, read_manifest
 from realm_core.artifacts.publish import building, read_json_lines
 from realm_core.artifacts.store import Store, checkpoint_key, parse_key
@@ -146,7 +147,7 @@ class _Run:
         for key in keys[keys.index(good[-1]) + 1 :]:
             self.store.quarantine(key, reason)
         live = self.store.live()
-        stale = live is not None and parse_key(live.index)[0] == self.name and live.index > good[-1]
+        stale = live is not None and parse_key(live.index)[0] == self.name and checkpoint_of(live.index) > good[-1]
         return (
             f"the last good checkpoint is {good[-1]}, later ones are set aside"
             + (f", and the live {live.index} is one of those: promote an earlier version" if live and stale else "")

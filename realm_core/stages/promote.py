@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from realm_core.artifacts import corpora
+from realm_core.artifacts.keys import checkpoint_of
 from realm_core.artifacts.manifest import Manifest, open_artifact, read_manifest, verify_files
 from realm_core.artifacts.publish import provenance
 from realm_core.artifacts.store import Live, Store, parse_key
@@ -11,8 +13,19 @@ from realm_core.model.bundle import EMBEDDER
 from realm_core.stages.qualify import SECTIONS as VERDICT_SECTIONS
 
 
-def run(config: Config, *, store: Store, name: str, reason: str = "by hand", allow_older: bool = False) -> Live:
+def run(
+    config: Config,
+    *,
+    store: Store,
+    name: str,
+    reason: str = "by hand",
+    allow_older: bool = False,
+    allow_drop: bool = False,
+) -> Live:
     """Verify again and move `live.json`. Promoting what is live already changes nothing.
+
+    `allow_older` is a rollback to an earlier step or corpus, though never to one that holds documents removed since;
+    `allow_drop` does not ask the metrics: a document may have to go whatever that costs.
 
     Raises GateError naming the first condition that fails, ArtifactError if a byte changed since qualification or if the
     query tower of the version is gone.
@@ -26,7 +39,9 @@ def run(config: Config, *, store: Store, name: str, reason: str = "by hand", all
         checkpoint = _require_query_tower(store, name)
         if live is not None:
             _require_newer(store, name, live, allow_older)
-            _require_no_worse(config, store, name, live)
+            _require_corpus(store, name, live, allow_older)
+            if not allow_drop:
+                _require_no_worse(config, store, name, live)
         return store.move_live(name, index.digest, checkpoint.digest, reason, provenance().get("dagster_run_id"))
 
 
@@ -58,6 +73,26 @@ def _require_newer(store: Store, name: str, live: Live, allow_older: bool) -> No
     live_run, live_step = parse_key(live.index)
     if run == live_run and step < live_step and not allow_older:
         raise GateError(f"{name}: older than the live {live.index}; to roll back, pass allow_older with a reason")
+
+
+def _require_corpus(store: Store, name: str, live: Live, allow_older: bool) -> None:
+    """A refresh that began before documents were removed must not bring them back, and no rollback may."""
+    mine, theirs = (store.parent(store.path("indexes", version), "corpus") for version in (name, live.index))
+    removed = corpora.removed_between(store, mine, theirs)
+    if removed:
+        raise GateError(
+            f"{name}: its corpus {mine.name} still holds {removed} documents removed since; "
+            f"realm corpus refresh --checkpoint {checkpoint_of(name)} makes its index over {theirs.name}"
+        )
+    if mine != theirs and not allow_older and (removed is not None or _number(mine) < _number(theirs)):
+        raise GateError(
+            f"{name}: over corpus {mine.name}, older than {theirs.name} of the live {live.index}; "
+            "to roll back, pass allow_older with a reason"
+        )
+
+
+def _number(corpus: Path) -> tuple[int, str]:
+    return len(corpus.name), corpus.name
 
 
 def _require_no_worse(config: Config, store: Store, name: str, live: Live) -> None:

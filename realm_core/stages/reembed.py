@@ -1,12 +1,19 @@
 """Stage `reembed`: one checkpoint and a corpus -> one vector a block, shard by shard.
 
 A killed pass keeps its finished shards: the scratch folder is handed to the next attempt, which checks what it finds there.
+Where an earlier snapshot of the same encoder is given, only blocks without a vector in it are embedded: that is what makes
+growth cheap. Reuse changes the time and the record of a pass, not what it makes.
 """
 
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
 
 from realm_core.artifacts.manifest import Manifest, Plan, file_sha256, open_artifact, read_manifest, verify_files
 from realm_core.artifacts.publish import building, finished, write_durably
@@ -15,6 +22,7 @@ from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.errors import ArtifactError
 from realm_core.index.embed import embed_blocks
+from realm_core.index.reuse import EarlierVectors, token_digests
 from realm_core.index.snapshot import read_matrix, vector_report, write_matrix
 from realm_core.model.bundle import EMBEDDER, load_retriever
 from realm_core.model.device import Device, resolve
@@ -31,8 +39,19 @@ def plan(config: Config, *, checkpoint: Path, corpus: Path) -> Plan:
     return Plan(stage="reembed", code=CODE["reembed"], config_digest=config.digest(*SECTIONS), parents=parents)
 
 
-def run(config: Config, *, checkpoint: Path, corpus: Path, out: Path, sink: MetricSink) -> Manifest:
-    """Embed every block. Raises ArtifactError if a vector is not finite, or vocabularies differ."""
+def run(
+    config: Config,
+    *,
+    checkpoint: Path,
+    corpus: Path,
+    out: Path,
+    sink: MetricSink,
+    earlier: Sequence[tuple[Path, Path]] = (),
+) -> Manifest:
+    """Embed every block. Raises ArtifactError if a vector is not finite, or vocabularies differ.
+
+    `earlier` are (snapshot, corpus) pairs; the first that comes from the same encoder, settings and code lends its vectors.
+    """
     doing = plan(config, checkpoint=checkpoint, corpus=corpus)
     if done := finished(out, doing):
         return done
@@ -43,7 +62,7 @@ def run(config: Config, *, checkpoint: Path, corpus: Path, out: Path, sink: Metr
     blocks = Corpus.open(corpus)
     device = resolve(config.runtime, shared=True)
     with building(out, doing, resume=True) as build:
-        pass_ = _Pass(config, checkpoint, blocks, build.folder, device)
+        pass_ = _Pass(config, checkpoint, blocks, build.folder, device, _lender(doing, device, earlier))
         pass_.drop_foreign_files()
         digests = {name: pass_.shard(name) for name in blocks.shards}
         report = pass_.report(digests)
@@ -58,7 +77,13 @@ def run(config: Config, *, checkpoint: Path, corpus: Path, out: Path, sink: Metr
                 **report,
                 "shards": {name: digests[name] for name in blocks.shards},
             },
-            record={"resumed_shards": pass_.resumed},
+            record={
+                "resumed_shards": pass_.resumed,
+                "linked_shards": pass_.linked,
+                "embedded_blocks": pass_.embedded,
+                "reused_blocks": pass_.reused,
+                "reused_from": pass_.lender.snapshot.name if pass_.lender else None,
+            },
             known={f"{name}.npy": digest for name, digest in digests.items()},
         )
 
@@ -66,9 +91,18 @@ def run(config: Config, *, checkpoint: Path, corpus: Path, out: Path, sink: Metr
 class _Pass:
     """One pass over the shards; remembers on disk which ones are done."""
 
-    def __init__(self, config: Config, checkpoint: Path, corpus: Corpus, folder: Path, device: Device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        checkpoint: Path,
+        corpus: Corpus,
+        folder: Path,
+        device: Device,
+        lender: EarlierVectors | None,
+    ) -> None:
         self.config, self.checkpoint, self.corpus, self.folder = config, checkpoint, corpus, folder
-        self.device = device
+        self.device, self.lender = device, lender
+        self.tokens = token_digests(corpus.folder)
         self.retriever, self.tokenizer = load_retriever(checkpoint)
         if self.tokenizer.digest != corpus.tokenizer.digest:
             raise ArtifactError(f"{checkpoint}: other vocabulary than {corpus.folder}; build the corpus with it")
@@ -76,9 +110,8 @@ class _Pass:
         # The scratch folder may stem from another plan for the same name: a finished shard counts only for this encoder.
         self.mark = {"encoder": file_sha256(checkpoint / EMBEDDER), "corpus": read_manifest(corpus.folder).digest}
         self.done = self._read_done()
-        self.resumed = 0
+        self.resumed = self.linked = self.reused = self.embedded = self.passed = 0
         self.bar = Progress(f"embed {folder.name}", len(corpus), unit="blocks")
-        self.embedded = 0
 
     def drop_foreign_files(self) -> None:
         """Remove what an attempt with another corpus left: it would be published with the rest."""
@@ -94,20 +127,49 @@ class _Pass:
             self.resumed += 1
             self._advance(self.corpus.shards[name].blocks)
             return self.done[name]
-        vectors = embed_blocks(
+        path.unlink(missing_ok=True)  # it may share its bytes with a published file
+        shard = self.corpus.shards[name]
+        if self.lender and self.lender.link(shard, self.tokens[name], path):
+            self.linked += 1
+            self._reuse(shard.blocks)
+        else:
+            write_matrix(path, self._vectors(name))
+        self.done[name] = file_sha256(path)
+        write_durably(self.folder / _DONE, json.dumps({**self.mark, "shards": self.done}) + "\n")
+        return self.done[name]
+
+    def _vectors(self, name: str) -> Float[ndarray, "N D"]:
+        """Vectors of a shard: those that exist, and those of its new blocks."""
+        shard, rows = self.corpus.shards[name], self.corpus.shard_rows(name)
+        if self.lender is None:
+            return self._embed(rows)
+        found = self.lender.of_shard(shard, self.tokens[name])
+        if found is not None:
+            self._reuse(shard.blocks)
+            return found
+        vectors = np.empty((shard.blocks, self.retriever.embedder.projection_size), dtype=np.float32)
+        known = self.lender.fill(self.corpus, name, vectors)
+        self._reuse(int(known.sum()))
+        if not known.all():
+            vectors[~known] = self._embed([rows[place] for place in np.flatnonzero(~known).tolist()])
+        return vectors
+
+    def _embed(self, rows: Sequence[int]) -> Float[ndarray, "N D"]:
+        self.embedded += len(rows)
+        return embed_blocks(
             self.retriever,
             self.corpus,
-            self.corpus.shard_rows(name),
+            rows,
             tokenizer=self.tokenizer,
             length=self.config.lengths.document,
             batch=self.config.reembed.batch,
             device=self.device,
             progress=self._advance,
         )
-        write_matrix(path, vectors)
-        self.done[name] = file_sha256(path)
-        write_durably(self.folder / _DONE, json.dumps({**self.mark, "shards": self.done}) + "\n")
-        return self.done[name]
+
+    def _reuse(self, blocks: int) -> None:
+        self.reused += blocks
+        self._advance(blocks)
 
     def report(self, digests: dict[str, str]) -> dict[str, int | float]:
         """Health of all vectors. Raises ArtifactError if one is not finite."""
@@ -128,8 +190,8 @@ class _Pass:
         }
 
     def _advance(self, blocks: int) -> None:
-        self.embedded += blocks
-        self.bar.update(self.embedded)
+        self.passed += blocks
+        self.bar.update(self.passed)
 
     def _read_done(self) -> dict[str, str]:
         with suppress(OSError, ValueError, KeyError):
@@ -137,3 +199,14 @@ class _Pass:
             if {key: values[key] for key in self.mark} == self.mark:
                 return dict(values["shards"])
         return {}
+
+
+def _lender(doing: Plan, device: Device, earlier: Sequence[tuple[Path, Path]]) -> EarlierVectors | None:
+    """The first earlier snapshot whose vectors are those that this pass would make."""
+    for snapshot, corpus in earlier:
+        made = read_manifest(snapshot)
+        same = (made.stage, made.code, made.config_digest) == (doing.stage, doing.code, doing.config_digest)
+        encoder = doing.parents["checkpoint"].files[EMBEDDER]
+        if same and (made.facts["encoder"], made.facts["precision"]) == (encoder, device.precision):
+            return EarlierVectors(snapshot, corpus)
+    return None

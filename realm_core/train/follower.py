@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from realm_core.artifacts.keys import checkpoint_of
 from realm_core.artifacts.publish import append_durably, read_json_lines
 from realm_core.artifacts.store import Live, Store
 from realm_core.errors import RealmError
@@ -50,9 +51,9 @@ class IndexFollower:
 
     @property
     def in_use(self) -> set[str]:
-        """Names of the version that serves and of the one that is being read: a resumed run opens them again."""
-        loading = {self._loading.live.index} if self._loading else set()
-        return loading | ({self.current.name} if self.current else set())
+        """Checkpoints of the version that serves and of the one that is being read: a resumed run opens them again."""
+        names = [self._loading.live.index] if self._loading else []
+        return {checkpoint_of(name) for name in [*names, *([self.current.name] if self.current else [])]}
 
     def wait_for_first(self, seconds: float, should_stop: Callable[[], bool]) -> bool:
         """Wait until some index is live. False if asked to stop; RealmError when the time is over."""

@@ -139,8 +139,7 @@ def usable_rows(corpus: Corpus, masking: str) -> np.ndarray:
     """Rows a masked query can be drawn from. Raises DataError if there is none."""
     if masking != "salient":
         return np.arange(len(corpus))
-    spans = np.concatenate([np.diff(shard.arrays["span_offsets"]) for shard in corpus.shards.values()])
-    rows = np.flatnonzero(spans)
+    rows = np.flatnonzero(corpus.lengths("span_bounds"))
     if len(rows) == 0:
         raise DataError(f"{corpus.folder}: no block has a salient span; choose pretrain.masking=random_span")
     return rows

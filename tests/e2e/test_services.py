@@ -45,6 +45,8 @@ def test_it_serves_dagster_and_mlflow_on_loopback_until_ctrl_c(
     assert {sensor["name"]: sensor["sensorState"]["status"] for sensor in data["sensorsOrError"]["results"]} == {
         "checkpoint_sensor": "RUNNING",
         "dead_run_sensor": "RUNNING",
+        "growth_sensor": "RUNNING",
+        "inbox_sensor": "RUNNING",
     }
     page = home.wait_for(answers(f"http://127.0.0.1:{mlflow_port}/"), "MLflow does not answer", up)
     assert "MLflow" in page
