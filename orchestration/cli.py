@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from realm_core import cli
-from realm_core.cli import HOME, AsJson, Home, Params, Profile, Set
+from realm_core.cli_options import HOME, AsJson, Home, Params, Profile, Set
 from realm_core.config import settings_for_command
 
 app = cli.app

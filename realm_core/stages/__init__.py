@@ -12,6 +12,7 @@ CODE = {
     "reembed": "1",
     "index": "1",
     "qualify": "1",
+    "drift": "1",
     "finetune": "2",
     "evaluate": "1",
 }
