@@ -38,18 +38,19 @@ class Answer:
 
 
 class Answerer:
-    """Answers from the index that was live when it was opened."""
+    """Answers from one index version: the one that was live when it was opened, unless another is named."""
 
     def __init__(self, live: Live, pipeline: Pipeline, reader: str) -> None:
         self.live, self.pipeline, self.reader = live, pipeline, reader
 
     @classmethod
-    def open(cls, store: Store) -> "Answerer":
-        """Open the live index with the reader fine-tuned on it, else with the newest reader there is.
+    def open(cls, store: Store, version: str | None = None) -> "Answerer":
+        """Open an index version, the live one by default, with the reader fine-tuned on it, else with the newest reader
+        there is.
 
-        Raises ArtifactError if nothing is live or no reader has been trained.
+        Raises ArtifactError if nothing is live, the version is gone, or no reader has been trained.
         """
-        live = store.require_live()
+        live = store.require_live() if version is None else _as_live(store, version)
         config = store.config()
         index = store.path("indexes", live.index)
         if open_artifact(index, "index").digest != live.index_digest:
@@ -89,6 +90,19 @@ class Answerer:
     def _passage(self, row: int, score: float) -> Passage:
         block = self.pipeline.corpus.block(row)
         return Passage(title=block.title, text=block.text, block_id=block.block_id, score=score)
+
+
+def _as_live(store: Store, version: str) -> Live:
+    """A version named by a caller in the place of the pointer."""
+    made = store.manifest("indexes", version)
+    return Live(
+        index=version,
+        index_digest=made.digest,
+        checkpoint_digest=made.parents["checkpoint"],
+        generation=0,
+        promoted_at=0.0,
+        reason="asked for by name",
+    )
 
 
 def _reader_for(store: Store, live: Live) -> Path:

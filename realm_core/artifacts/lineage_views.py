@@ -1,11 +1,11 @@
 """Lineage as a picture: a Mermaid graph for documents, and one self-contained page for a browser."""
 
 import json
-from collections import defaultdict
 from html import escape
 from typing import Any
 
 from realm_core.artifacts.lineage import Node
+from realm_core.artifacts.store import BY_CHECKPOINT, VERSIONED
 
 _COLOURS = {
     "indexes": "#0b6e99",
@@ -76,19 +76,15 @@ def _details(digest: str, node: Node) -> str:
 
 
 def _svg(nodes: dict[str, Node]) -> str:
-    """Rows by the longest way from the top, so that every parent stands below its children."""
+    """A column a kind, a row a name: what was made from one checkpoint stands side by side, older ones below."""
     place = _places(nodes)
     wide = max(x for x, _ in place.values()) + _WIDTH + 2
     high = max(y for _, y in place.values()) + _HEIGHT + 2
     parts = [f'<svg width="{wide}" height="{high}" viewBox="0 0 {wide} {high}" role=img aria-label="lineage graph">']
     for digest, node in nodes.items():
-        x, y = place[digest]
         for role, parent in node.manifest.parents.items():
-            a, b = place[parent]
-            start, end = f"{x + _WIDTH / 2:.0f} {y + _HEIGHT}", f"{a + _WIDTH / 2:.0f} {b}"
-            middle = (y + _HEIGHT + b) / 2
-            curve = f"C {x + _WIDTH / 2:.0f} {middle:.0f} {a + _WIDTH / 2:.0f} {middle:.0f}"
-            parts.append(f'<path class=edge d="M {start} {curve} {end}"><title>{escape(role)}</title></path>')
+            path = _curve(place[digest], place[parent])
+            parts.append(f'<path class=edge d="{path}"><title>{escape(role)}</title></path>')
     for digest, node in nodes.items():
         x, y = place[digest]
         colour = _COLOURS.get(node.kind, _OTHER)
@@ -102,22 +98,30 @@ def _svg(nodes: dict[str, Node]) -> str:
 
 
 def _places(nodes: dict[str, Node]) -> dict[str, tuple[int, int]]:
-    depth = dict.fromkeys(nodes, 0)
-    changed = True
-    while changed:  # manifests name parents by digest, so there is no circle
-        changed = False
-        for digest, node in nodes.items():
-            for parent in node.manifest.parents.values():
-                if depth[parent] <= depth[digest]:
-                    depth[parent], changed = depth[digest] + 1, True
-    rows: dict[int, list[str]] = defaultdict(list)
-    for digest in nodes:
-        rows[depth[digest]].append(digest)
+    kinds = [
+        kind for kind in (*reversed(BY_CHECKPOINT), *reversed(VERSIONED)) if kind in {n.kind for n in nodes.values()}
+    ]
+    by_checkpoint = sorted({node.name for node in nodes.values() if node.kind in BY_CHECKPOINT}, reverse=True)
+    versions = sorted({node.name for node in nodes.values() if node.kind in VERSIONED}, reverse=True)
+    rows = {name: row for row, name in enumerate([*by_checkpoint, *versions])}
     return {
-        digest: (1 + column * (_WIDTH + _GAP_X), 1 + row * (_HEIGHT + _GAP_Y))
-        for row, digests in rows.items()
-        for column, digest in enumerate(digests)
+        digest: (1 + kinds.index(node.kind) * (_WIDTH + _GAP_X), 1 + rows[node.name] * (_HEIGHT + _GAP_Y))
+        for digest, node in nodes.items()
     }
+
+
+def _curve(child: tuple[int, int], parent: tuple[int, int]) -> str:
+    """From a child to its parent: straight to a neighbour, below the row to one further right, else down."""
+    (x, y), (a, b) = child, parent
+    if y != b:
+        bend = (y + _HEIGHT + b) / 2
+        return (
+            f"M {x + _WIDTH / 2} {y + _HEIGHT} C {x + _WIDTH / 2} {bend} {a + _WIDTH / 2} {bend} {a + _WIDTH / 2} {b}"
+        )
+    if abs(a - x) == _WIDTH + _GAP_X:
+        return f"M {min(a, x) + _WIDTH} {y + _HEIGHT / 2} H {max(a, x)}"
+    low = y + _HEIGHT
+    return f"M {x + 30} {low} C {x + 60} {low + 26} {a} {low + 26} {a + 30} {low}"
 
 
 _STYLE = """<style>

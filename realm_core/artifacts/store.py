@@ -9,11 +9,13 @@ home/
 """
 
 import json
+import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,22 @@ class Store:
         if found != SCHEMA:
             raise ArtifactError(f"{path}: schema {found}, this code reads {SCHEMA}; use the version that wrote it")
         return values
+
+    @property
+    def identity(self) -> str:
+        """What tells this home from every other on a service that several share: 32 hexadecimal digits, made once."""
+        path = self.home / "home.id"
+        with suppress(FileNotFoundError):
+            return path.read_text(encoding="utf-8").strip()
+        mine = self.home / f".home.id.{os.getpid()}"
+        try:
+            mine.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
+            with suppress(FileExistsError):  # of two processes at once the first one names the home
+                os.link(mine, path)
+            mine.unlink()
+        except OSError as error:
+            raise operator_error(error, path) from None
+        return path.read_text(encoding="utf-8").strip()
 
     def config(self) -> Config:
         """The resolved settings of this home."""
@@ -324,10 +342,11 @@ class Store:
     def prune_checkpoints(self, run: str, keep: int, spare: set[str]) -> list[str]:
         """Drop the bytes of old checkpoints but keep their manifests, so that lineage stays walkable.
 
-        Spared are the newest `keep`, those in `spare`, what the live index was built from, and what is being refreshed.
+        Spared are the newest `keep`, those in `spare`, what the live index and the one before it were built from, and what is
+        being refreshed.
         """
         live = self.live()
-        spared = spare | ({live.index} if live else set())
+        spared = spare | {move.index for move in (live, self.live_before()) if move}
         dropped = []
         for key in self.checkpoints(run)[:-keep]:
             if key in spared or self._being_refreshed(key, live):
