@@ -18,6 +18,7 @@ from orchestration.resources.tracking import MlflowTracker, tracker_for
 from realm_core.artifacts.store import Live, Store, parse_key
 from realm_core.errors import GateError
 from realm_core.stages import promote as gate
+from realm_core.stages import qualify
 
 
 def promote(home: Path, name: str, reason: str, *, allow_older: bool = False) -> tuple[Live, dict[str, str]]:
@@ -28,7 +29,8 @@ def promote(home: Path, name: str, reason: str, *, allow_older: bool = False) ->
 
 
 def rollback(home: Path, to: str | None, reason: str) -> tuple[Live, dict[str, str]]:
-    """Go back to a version, by default the one that was live before. The same gate applies, but older steps may pass.
+    """Go back to a version, by default the one that was live before. The same gate applies, but older steps may pass;
+    a verdict that was given under other settings is given again first.
 
     Raises GateError if nothing was live before, or if the version has not earned it.
     """
@@ -41,8 +43,17 @@ def rollback(home: Path, to: str | None, reason: str) -> tuple[Live, dict[str, s
             if before is None:
                 raise GateError(f"{home}: only {live.index} was ever live; name another one with --to")
             target = before.index
+        _qualify_by_todays_settings(store, target)
         live = gate.run(store.config(), store=store, name=target, reason=reason, allow_older=True)
     return live, tell(store, live)
+
+
+def _qualify_by_todays_settings(store: Store, name: str) -> None:
+    config, index = store.config(), store.path("indexes", name)
+    known = store.has("verdicts", name)
+    if known and store.manifest("verdicts", name).config_digest != config.digest(*qualify.SECTIONS):
+        parts = {role: store.parent(index, role) for role in ("snapshot", "checkpoint", "corpus")}
+        qualify.run(config, index=index, **parts, out=store.path("verdicts", name), again=True)
 
 
 def tell(store: Store, live: Live) -> dict[str, str]:

@@ -183,7 +183,8 @@ class MlflowTracker:
             os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-            logging.getLogger("alembic").setLevel(logging.WARNING)
+            for noisy in ("alembic", "mlflow.store.db.utils"):
+                logging.getLogger(noisy).setLevel(logging.WARNING)
             from mlflow import MlflowClient
 
             self._client = MlflowClient(self.uri)
