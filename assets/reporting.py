@@ -75,6 +75,20 @@ def version_card(store: Store, key: str) -> dict[str, str]:
     return known | {f"{role}_digest": digest for role, digest in index.parents.items()}
 
 
+def mirror_version(store: Store, key: str) -> str | None:
+    """Mirror a version that went live, in the production profile; what came of it in words. A mirror that cannot be reached
+    stops nothing: the next promotion, or `realm push`, brings it what it lacks."""
+    from realm_core.artifacts import mirror
+
+    address = mirror.address_from_environment()
+    if address is None:
+        return None
+    try:
+        return str(mirror.push(store, key, address))
+    except RealmError as problem:
+        return f"not mirrored: {problem}"
+
+
 def drift_facts(context: dg.AssetExecutionContext, store: Store, key: str) -> dict[str, int | float]:
     """How far this version lies from the one it is to replace. What cannot be measured is said, and stops nothing."""
     from realm_core.evaluate.drift import measures

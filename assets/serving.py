@@ -4,7 +4,14 @@ import dagster as dg
 
 from assets.checkpoint import LIVE_POINTER
 from assets.partitions import REALM_CKPT
-from assets.reporting import DATA_VERSION_TAG, materialized, stage_run, version_card, version_facts
+from assets.reporting import (
+    DATA_VERSION_TAG,
+    materialized,
+    mirror_version,
+    stage_run,
+    version_card,
+    version_facts,
+)
 from realm_core.artifacts import retention
 from realm_core.artifacts.store import Store, parse_key
 from realm_core.ports import NullSink, Tracker
@@ -52,10 +59,12 @@ def promoted_index(
     tracker.sink(run).log(step, {"index/generation": float(live.generation)})
     kept = store.config().retention
     gone = retention.collect(store, keep=kept.keep_indexes, grace_seconds=kept.grace_seconds)["dropped"]
+    mirrored = mirror_version(store, live.index)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(live.index_digest),
         metadata={
             **version_facts(store, live.index, tracker),
+            **({"mirror": mirrored} if mirrored else {}),
             "generation": live.generation,
             "reason": live.reason,
             "dropped by retention": ", ".join(row["index"] for row in gone) or "none",

@@ -12,7 +12,7 @@ import dagster as dg
 
 from assets.checkpoint import LIVE_POINTER
 from assets.partitions import REALM_CKPT
-from assets.reporting import DATA_VERSION_TAG, version_card, version_facts
+from assets.reporting import DATA_VERSION_TAG, mirror_version, version_card, version_facts
 from orchestration import services
 from orchestration.resources.tracking import MlflowTracker, tracker_for
 from realm_core.artifacts.store import Live, Store, parse_key
@@ -60,7 +60,8 @@ def tell(store: Store, live: Live) -> dict[str, str]:
     """Record the pointer as it stands with Dagster and MLflow; service -> what came of it. Never raises."""
     os.environ.update(services.environment(store.home))
     tracker = tracker_for(store.home)
-    return {"dagster": _tell_dagster(store, live, tracker), "mlflow": _tell_mlflow(store, live, tracker)}
+    told = {"dagster": _tell_dagster(store, live, tracker), "mlflow": _tell_mlflow(store, live, tracker)}
+    return told | ({"mirror": mirrored} if (mirrored := mirror_version(store, live.index)) else {})
 
 
 def _tell_dagster(store: Store, live: Live, tracker: MlflowTracker) -> str:

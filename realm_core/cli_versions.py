@@ -25,7 +25,7 @@ index_app = typer.Typer(
 def mount(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.add_typer(index_app, name="index")
-    for command in (qualify, promote, lineage, diff, replay, gc, settings):
+    for command in (qualify, promote, lineage, diff, replay, gc, settings, push, pull):
         app.command()(command)
 
 
@@ -243,6 +243,43 @@ def settings(home: Home = HOME, set_: Set = None, as_json: AsJson = False) -> No
         rows = inner.items() if isinstance(inner, dict) else [("", inner)]
         for key, value in rows:
             print(f"{section}{'.' if key else ''}{key}={json.dumps(value)}")
+
+
+def push(
+    version: Annotated[str | None, typer.Argument(help="An index version; the live one by default.")] = None,
+    home: Home = HOME,
+    to: Annotated[str | None, typer.Option(envvar="REALM_S3", help="s3://BUCKET/PREFIX or a folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Mirror an index version, with all that answers from it, to S3-protocol storage or a folder."""
+    from realm_core.artifacts import mirror
+
+    store = Store.open(home)
+    name = index_named(store, version) if version else store.require_live().index
+    done = mirror.push(store, name, _address(to, "--to"))
+    print(json.dumps(vars(done)) if as_json else f"pushed {name}: {done}")
+
+
+def pull(
+    version: Annotated[str | None, typer.Argument(help="An index version; the live one by default.")] = None,
+    home: Home = HOME,
+    from_: Annotated[
+        str | None, typer.Option("--from", envvar="REALM_S3", help="s3://BUCKET/PREFIX or a folder.")
+    ] = None,
+    identity: Annotated[str | None, typer.Option(help="Of which home, where several are mirrored.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a mirrored index version into a home, every byte verified; a new home can then answer."""
+    from realm_core.artifacts import mirror
+
+    done = mirror.pull(home, _address(from_, "--from"), version, identity)
+    print(json.dumps(vars(done)) if as_json else f"pulled {done.version}: {done}")
+
+
+def _address(given: str | None, option: str) -> str:
+    if not given:
+        raise ConfigError(f"no place to mirror to; pass {option} or set REALM_S3")
+    return given
 
 
 def index_named(store: Store, wanted: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import dagster as dg
 from filelock import FileLock, Timeout
 
+from orchestration import production
 from orchestration.resources import registry
 from realm_core.artifacts.publish import read_json_lines
 from realm_core.artifacts.store import Store
@@ -213,13 +214,27 @@ def tracking_resource(context: dg.InitResourceContext) -> MlflowTracker:
 
 
 def tracker_for(home: Path) -> MlflowTracker:
-    """The tracker of a home: at MLFLOW_TRACKING_URI if that is set, else a SQLite database in the home."""
+    """The tracker of a home: at MLFLOW_TRACKING_URI if that is set, else PostgreSQL in the production profile, else a SQLite
+    database in the home."""
     home = home.resolve()
     uri = os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(home)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowTracker(uri, home / "mlflow" / "spool", artifacts=(home / "mlflow" / "artifacts").as_uri())
+    return MlflowTracker(uri, home / "mlflow" / "spool", artifacts=default_artifacts(home))
 
 
 def default_uri(home: Path) -> str:
-    return f"sqlite:///{home.resolve() / 'mlflow' / 'mlflow.db'}"
+    """Where runs are logged if nobody says otherwise."""
+    profile = production.chosen()
+    return profile.mlflow_uri() if profile else f"sqlite:///{home.resolve() / 'mlflow' / 'mlflow.db'}"
+
+
+def default_artifacts(home: Path) -> str:
+    """Where files of runs and models go if nobody says otherwise."""
+    profile = production.chosen()
+    if profile is not None:
+        return profile.mlflow_artifacts()
+    folder = home.resolve() / "mlflow" / "artifacts"
+    with suppress(OSError):  # a home that cannot be written loses files of the tracker, not its work
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder.as_uri()
