@@ -48,7 +48,7 @@ dvc: .venv/installed-demo .venv-dvc/installed ## Run the data pipeline of dvc.ya
 	PATH="$(CURDIR)/$(BIN):$$PATH" .venv-dvc/bin/dvc repro $(ARGS)
 
 constraints: .venv-lock/installed ## Resolve constraints.txt and requirements-dvc.txt again (UPGRADE=1 lifts the pins)
-	$(RESOLVE) pyproject.toml --extra faiss --extra demo --extra postgres --extra spacy --extra dev -o constraints.txt
+	$(RESOLVE) pyproject.toml --extra faiss --extra demo --extra postgres --extra s3 --extra hf --extra spacy --extra dev -o constraints.txt
 	echo 'dvc>=3.67,<4' | $(RESOLVE) - -o requirements-dvc.txt
 
 clean: ## Remove environments, caches and build output; results and the artifact store stay
@@ -67,7 +67,7 @@ clean: ## Remove environments, caches and build output; results and the artifact
 	@touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,postgres]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,postgres,s3]'
 	@touch $@ .venv/installed-demo
 
 .venv-dvc/installed: requirements-dvc.txt

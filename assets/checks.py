@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from assets.partitions import REALM_CKPT
-from assets.reporting import stage_run
+from assets.reporting import stage_run, version_card
 from realm_core.artifacts import corpora
 from realm_core.artifacts.keys import checkpoint_of, parse_key
 from realm_core.artifacts.store import Store
@@ -48,6 +48,8 @@ def index_checks(
         )
     run, step = parse_key(key)
     tracker.sink(run).log(step, {"index/recall_vs_exact": manifest.facts["recall_vs_exact"]})
+    if manifest.facts["passed"]:
+        tracker.register(run, version_card(store, key))
     for name, finding in manifest.facts["findings"].items():
         yield dg.AssetCheckResult(
             check_name=name,

@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.partitions import REALM_CKPT
-from assets.reporting import materialized, stage_run
+from assets.reporting import drift_facts, materialized, stage_run
 from realm_core.artifacts import corpora
 from realm_core.artifacts.keys import checkpoint_of, parse_key
 from realm_core.artifacts.store import Store
@@ -65,6 +65,8 @@ def mips_index(
             out=out,
             sink=NullSink(),
         )
-    run, _ = parse_key(key)
+        moved = {f"drift/{name}": value for name, value in drift_facts(context, store, key).items()}
+    run, step = parse_key(key)
+    tracker.sink(run).log(step, moved)
     url = tracker.url(run)
-    return materialized(out, manifest, **({"mlflow": dg.MetadataValue.url(url)} if url else {}))
+    return materialized(out, manifest, **moved, **({"mlflow": dg.MetadataValue.url(url)} if url else {}))

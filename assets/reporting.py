@@ -9,7 +9,9 @@ from typing import Any
 import dagster as dg
 
 from realm_core.artifacts.manifest import Manifest
+from realm_core.artifacts.store import Store, parse_key
 from realm_core.errors import RealmError
+from realm_core.ports import Tracker
 
 DATA_VERSION_TAG = "dagster/data_version"
 CODE_VERSION_TAG = "dagster/code_version"
@@ -51,6 +53,52 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
     if isinstance(shards, Mapping):
         metadata["shards"] = dg.MetadataValue.json(dict(shards))
     return metadata
+
+
+def version_facts(store: Store, key: str, tracker: Tracker) -> dict[str, Any]:
+    """What is known of an index version, as on `realm index list`, with the way to its run in the tracker."""
+    from realm_core.evaluate.versions import describe as describe_version
+
+    known = describe_version(store, key)
+    facts: dict[str, Any] = {
+        name: value for name, value in flatten(known).items() if isinstance(value, bool | int | float | str)
+    }
+    if url := tracker.url(parse_key(key)[0]):
+        facts["mlflow"] = dg.MetadataValue.url(url)
+    return facts
+
+
+def version_card(store: Store, key: str) -> dict[str, str]:
+    """What a model registry is told of an index version."""
+    index = store.manifest("indexes", key)
+    known = {"index": key, "index_digest": index.digest, "step": str(index.facts["step"])}
+    return known | {f"{role}_digest": digest for role, digest in index.parents.items()}
+
+
+def mirror_version(store: Store, key: str) -> str | None:
+    """Mirror a version that went live, in the production profile; what came of it in words. A mirror that cannot be reached
+    stops nothing: the next promotion, or `realm push`, brings it what it lacks."""
+    from realm_core.artifacts import mirror
+
+    address = mirror.address_from_environment()
+    if address is None:
+        return None
+    try:
+        return str(mirror.push(store, key, address))
+    except RealmError as problem:
+        return f"not mirrored: {problem}"
+
+
+def drift_facts(context: dg.AssetExecutionContext, store: Store, key: str) -> dict[str, int | float]:
+    """How far this version lies from the one it is to replace. What cannot be measured is said, and stops nothing."""
+    from realm_core.evaluate.drift import measures
+    from realm_core.stages import drift
+
+    try:
+        return measures(drift.run(store.config(), store=store, name=key))
+    except RealmError as problem:
+        context.log.warning(f"drift was not measured: {problem}")
+        return {}
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,15 @@ import dagster as dg
 
 from assets.checkpoint import LIVE_POINTER
 from assets.partitions import REALM_CKPT
-from assets.reporting import DATA_VERSION_TAG, materialized, stage_run
-from realm_core.artifacts import corpora
+from assets.reporting import (
+    DATA_VERSION_TAG,
+    materialized,
+    mirror_version,
+    stage_run,
+    version_card,
+    version_facts,
+)
+from realm_core.artifacts import corpora, retention
 from realm_core.artifacts.keys import checkpoint_of, parse_key
 from realm_core.artifacts.store import Store
 from realm_core.ports import NullSink, Tracker
@@ -54,13 +61,23 @@ def promoted_index(
         )
     )
     run, step = parse_key(key)
+    tracker.champion(run, version_card(store, live.index))
     tracker.tag(
         run, {"live_index": live.index, "live_index_digest": live.index_digest, "dagster_run_id": context.run.run_id}
     )
     tracker.sink(run).log(step, {"index/generation": float(live.generation)})
+    kept = store.config().retention
+    gone = retention.collect(store, keep=kept.keep_indexes, grace_seconds=kept.grace_seconds)["dropped"]
+    mirrored = mirror_version(store, live.index)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(live.index_digest),
-        metadata={"generation": live.generation, "index_digest": live.index_digest, "reason": live.reason},
+        metadata={
+            **version_facts(store, live.index, tracker),
+            **({"mirror": mirrored} if mirrored else {}),
+            "generation": live.generation,
+            "reason": live.reason,
+            "dropped by retention": ", ".join(row["index"] for row in gone) or "none",
+        },
     )
 
 

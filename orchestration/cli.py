@@ -1,6 +1,7 @@
 """The installed `realm`: the library's commands, and those that run the operation."""
 
 import json
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -10,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from realm_core import cli
-from realm_core.cli import HOME, AsJson, Home, Params, Profile, Set
+from realm_core import cli, cli_versions
+from realm_core.cli_options import HOME, AsJson, Home, Params, Profile, Set
 from realm_core.config import settings_for_command
 
 app = cli.app
@@ -86,6 +87,8 @@ def up(
         raise BusyError(f"port {port}: wanted for both Dagster and MLflow; pass another --mlflow-port")
     for name, (number, _) in wanted.items():
         services.require_free(number, name)
+    if "MLflow" in wanted:
+        os.environ["REALM_MLFLOW_PAGE"] = f"http://{services.LOOPBACK}:{mlflow_port}"  # where links in Dagster lead
     with ExitStack() as stack:
         daemon = services.KeptDaemon(home)
         stack.enter_context(services.running(daemon))
@@ -105,6 +108,39 @@ def up(
             for page in pages.values():
                 page.require_alive()
             time.sleep(1)
+
+
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; kept in the pointer's history.")],
+    to: Annotated[str | None, typer.Option(help="Which version; by default the one that was live before.")] = None,
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Go back to an earlier index version: pointer, Dagster's record and MLflow's champion move together."""
+    from orchestration import pointer
+    from realm_core.artifacts.store import Store
+
+    name = cli_versions.index_named(Store.open(home), to) if to else None
+    live, told = pointer.rollback(home, name, reason)
+    cli_versions.show_live(live, as_json, **told)
+
+
+@app.command()
+def promote(
+    version: cli_versions.Version,
+    home: Home = HOME,
+    reason: Annotated[str, typer.Option(help="Why; kept in the pointer's history.")] = "by hand",
+    allow_older: Annotated[bool, typer.Option(help="Let an older step go live; realm rollback does.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make an index version live, if the gate agrees, and tell Dagster and MLflow."""
+    from orchestration import pointer
+    from realm_core.artifacts.store import Store
+
+    name = cli_versions.index_named(Store.open(home), version)
+    live, told = pointer.promote(home, name, reason, allow_older=allow_older)
+    cli_versions.show_live(live, as_json, **told)
 
 
 @train_app.command("start")

@@ -7,10 +7,9 @@ import dagster as dg
 
 from orchestration import services
 from orchestration.resources.tracking import tracker_for
-from realm_core.artifacts.keys import checkpoint_of
-from realm_core.artifacts.manifest import Manifest
 from realm_core.artifacts.publish import read_json_lines
 from realm_core.artifacts.store import Store, checkpoint_key, parse_key
+from realm_core.evaluate.versions import describe
 
 SENSOR_TAG = "dagster/sensor_name"
 SCHEDULE_TAG = "dagster/schedule_name"
@@ -51,33 +50,19 @@ def triggered_by(instance: dg.DagsterInstance, run_id: str | None) -> str | None
 
 
 def _version(store: Store, key: str, instance: dg.DagsterInstance, swaps: list[dict]) -> dict[str, Any]:
-    index = store.manifest("indexes", key)
-    step = int(index.facts["step"])
-    verdict = store.manifest("verdicts", key) if store.has("verdicts", key) else None
-    metrics = store.manifest("evaluations", key).facts["metrics"] if store.has("evaluations", key) else {}
-    live = store.live()
-    served = next((swap["step"] for swap in swaps if swap["index_digest"] == index.digest), None)
+    known = describe(store, key)
+    served = next((swap["step"] for swap in swaps if swap["index_digest"] == known["index_digest"]), None)
     return {
         "checkpoint": key,
-        "step": step,
-        "index_digest": index.digest,
-        "dagster_run_id": index.record.get("dagster_run_id"),
-        "triggered_by": triggered_by(instance, index.record.get("dagster_run_id")),
-        "recall_vs_exact": verdict.facts["recall_vs_exact"] if verdict else None,
-        "recall_at_5": metrics.get("recall_at_5"),
-        "exact_match": metrics.get("exact_match"),
-        "age_steps": None if served is None else served - step,
-        "null_probability": store.manifest("checkpoints", checkpoint_of(key)).facts["metrics"].get("null_probability"),
-        "live": live is not None and live.index_digest == index.digest,
-        "verdict": _verdict(verdict),
+        **{name: known[name] for name in ("step", "index_digest", "dagster_run_id", *_SHOWN, "drift", "verdict")},
+        "triggered_by": triggered_by(instance, known["dagster_run_id"]),
+        "top_k_overlap": (known["drift"] or {}).get("top_k_overlap"),
+        "age_steps": None if served is None else served - known["step"],
+        "live": known["state"] == "live",
     }
 
 
-def _verdict(verdict: Manifest | None) -> str:
-    if verdict is None:
-        return "not qualified"
-    failed = [name for name, finding in verdict.facts["findings"].items() if not finding["passed"]]
-    return f"refused: {', '.join(failed)}" if failed else "passed"
+_SHOWN = ("recall_vs_exact", "recall_at_5", "exact_match", "null_probability")
 
 
 def _scores(store: Store, name: str) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from orchestration import production
 from orchestration.lease import Lease
-from orchestration.resources.tracking import default_uri
+from orchestration.resources.tracking import default_artifacts, default_uri
 from realm_core.artifacts.publish import write_durably
-from realm_core.errors import ArtifactError, BusyError, RealmError
+from realm_core.artifacts.store import Store
+from realm_core.errors import ArtifactError, BusyError, ConfigError, RealmError
 
 LOOPBACK = "127.0.0.1"
 _DAGSTER_YAML = """\
@@ -32,6 +34,13 @@ run_monitoring: {enabled: true, start_timeout_seconds: 180, poll_interval_second
 run_retries: {enabled: true, max_retries: 1, retry_on_asset_or_op_failure: false}
 retention: {sensor: {purge_after_days: {skipped: 2, success: -1}}}
 """
+_POSTGRES_YAML = (
+    _DAGSTER_YAML.replace("SQLite in this folder is the default storage.", "PostgreSQL is the storage.")
+    + """\
+storage:
+  postgres: {postgres_url: {env: REALM_DAGSTER_DATABASE}}
+"""
+)
 
 
 def dagster_home(home: Path) -> Path:
@@ -39,20 +48,36 @@ def dagster_home(home: Path) -> Path:
 
 
 def prepare(home: Path) -> None:
-    """Create the Dagster instance folder of a home."""
+    """Create the Dagster instance folder of a home, and in the production profile its databases."""
     folder = dagster_home(home)
+    profile = production.chosen()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        settings = folder / "dagster.yaml"
-        if not settings.exists():
-            write_durably(settings, _DAGSTER_YAML)
+        _write_settings(folder / "dagster.yaml", _DAGSTER_YAML if profile is None else _POSTGRES_YAML)
         (home / "logs").mkdir(exist_ok=True)
     except OSError as error:
         raise ArtifactError(f"{home}: cannot be written ({error.strerror}); choose another --home") from None
+    if profile is not None:
+        production.create_databases(profile, Store(home))
+
+
+def _write_settings(path: Path, wanted: str) -> None:
+    """Write Dagster's settings unless somebody has made them their own. Raises ConfigError if those contradict the profile."""
+    found = path.read_text(encoding="utf-8") if path.exists() else None
+    if found == wanted:
+        return
+    if found in (None, _DAGSTER_YAML, _POSTGRES_YAML):
+        write_durably(path, wanted)
+    elif ("postgres" in str(found)) != ("postgres:" in wanted):
+        raise ConfigError(
+            f"{path}: edited by hand and not of this profile; set its storage section as docs/production.md shows, "
+            "or remove the file"
+        )
 
 
 def environment(home: Path) -> dict[str, str]:
     """Environment of every process that works on this home."""
+    profile = production.chosen()
     return {
         "OMP_WAIT_POLICY": "PASSIVE",  # trainer and refresh share the processors: threads that wait must not spin
         **os.environ,
@@ -60,6 +85,7 @@ def environment(home: Path) -> dict[str, str]:
         "DAGSTER_HOME": str(dagster_home(home)),
         "DAGSTER_DISABLE_TELEMETRY": "1",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        **({"REALM_DAGSTER_DATABASE": profile.dagster_uri(Store(home))} if profile else {}),
     }
 
 
@@ -223,11 +249,10 @@ def require_answering(page: Service, port: int, patience: float = 120.0) -> None
 def mlflow_server(home: Path, port: int) -> Service:
     """MLflow's web interface on the home's database."""
     require_free(port, "MLflow")
-    (home / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1",
         "--backend-store-uri", default_uri(home),
-        "--artifacts-destination", str((home / "mlflow" / "artifacts").resolve()),
+        "--artifacts-destination", default_artifacts(home),
     ]  # fmt: skip
     return Service("mlflow", command, home)
 

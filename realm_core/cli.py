@@ -4,29 +4,19 @@ Exit codes: 0 done, 1 a verification failed, 2 something an operator can mend, 1
 """
 
 import json
-import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from realm_core import cli_compat, cli_corpus, cli_growth
-from realm_core.artifacts.manifest import Manifest
+from realm_core import cli_compat, cli_corpus, cli_growth, cli_versions
 from realm_core.artifacts.publish import storage_trouble
+from realm_core.cli_options import HOME, AsJson, Home, Metrics, Out, Params, Profile, Set, show
 from realm_core.config import settings_for_command
 from realm_core.errors import DataError, RealmError
 from realm_core.ports import JsonLinesSink, MetricSink, NullSink
-
-Params = Annotated[Path | None, typer.Option(help="Settings file; ./params.yaml or the packaged one by default.")]
-Profile = Annotated[str, typer.Option(help="Which profile of the settings file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override: section.key=value. May be repeated.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Out = Annotated[Path, typer.Option(help="Folder to create; it must not exist with another content.")]
-Home = Annotated[Path, typer.Option(help="Home folder of the operation.", envvar="REALM_HOME")]
-Metrics = Annotated[Path | None, typer.Option(help="Append metrics to this JSON-lines file while the stage runs.")]
-HOME = Path(".realm")
 
 app = typer.Typer(
     name="realm",
@@ -39,6 +29,7 @@ app = typer.Typer(
 cli_growth.mount(cli_corpus.corpus_app)
 cli_corpus.mount(app)
 cli_compat.mount(app)
+cli_versions.mount(app)
 
 
 @app.command()
@@ -127,62 +118,6 @@ def reembed(
 
     config = settings_for_command(params, profile, set_)
     show(stage.run(config, checkpoint=checkpoint, corpus=corpus, out=out, sink=NullSink()), as_json)
-
-
-@app.command()
-def index(
-    snapshot: Annotated[Path, typer.Option(help="A snapshot folder.")],
-    checkpoint: Annotated[Path, typer.Option(help="The checkpoint the snapshot was made with.")],
-    corpus: Annotated[Path, typer.Option(help="The corpus the snapshot was made from.")],
-    out: Out,
-    params: Params = None,
-    profile: Profile = "demo",
-    set_: Set = None,
-    as_json: AsJson = False,
-) -> None:
-    """Build the search structure over a snapshot's vectors."""
-    from realm_core.stages import index as stage
-
-    config = settings_for_command(params, profile, set_)
-    show(stage.run(config, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus, out=out, sink=NullSink()), as_json)
-
-
-@app.command()
-def qualify(
-    index: Annotated[Path, typer.Option(help="An index folder.")],
-    snapshot: Annotated[Path, typer.Option(help="Its snapshot.")],
-    checkpoint: Annotated[Path, typer.Option(help="Its checkpoint.")],
-    corpus: Annotated[Path, typer.Option(help="Its corpus.")],
-    out: Out,
-    params: Params = None,
-    profile: Profile = "demo",
-    set_: Set = None,
-    as_json: AsJson = False,
-) -> None:
-    """Verify an index version and write the verdict; exit code 1 if it may not go live."""
-    from realm_core.stages import qualify as stage
-
-    config = settings_for_command(params, profile, set_)
-    verdict = stage.run(config, index=index, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus, out=out)
-    show(verdict, as_json)
-    if not verdict.facts["passed"]:
-        raise typer.Exit(1)
-
-
-@app.command()
-def promote(
-    version: Annotated[str, typer.Argument(help="Name of an index version of the home.")],
-    home: Home = HOME,
-    reason: Annotated[str, typer.Option(help="Why; kept in the pointer's history.")] = "by hand",
-    allow_older: Annotated[bool, typer.Option(help="Roll back to an older step.")] = False,
-) -> None:
-    """Make an index version live, if the gate agrees."""
-    from realm_core.artifacts.store import Store
-    from realm_core.stages import promote as stage
-
-    store = Store.open(home)
-    live = stage.run(store.config(), store=store, name=version, reason=reason, allow_older=allow_older)
-    print(f"live: {live.index} {live.index_digest[:12]}, generation {live.generation}")
 
 
 @app.command()
@@ -281,44 +216,6 @@ def ask(
     print(f"\n  index {answer.index} {answer.index_digest[:12]}, reader {answer.reader}")
     for passage in answer.passages:
         print(f"  {passage.score:8.3f}  {passage.title}: {passage.text[:90]}…")
-
-
-@app.command()
-def lineage(
-    version: Annotated[
-        str | None, typer.Argument(help="Index, checkpoint or digest; the live index by default.")
-    ] = None,
-    home: Home = HOME,
-    as_json: AsJson = False,
-) -> None:
-    """From which checkpoint, corpus, code and runs a version came, down to the corpus shards; read from manifests alone."""
-    from realm_core.artifacts import lineage as walk
-    from realm_core.artifacts.store import Store
-
-    store = Store.open(home)
-    nodes = walk.walk(store, *walk.locate(store, version))
-    print(json.dumps(walk.to_json(nodes), ensure_ascii=False) if as_json else walk.render(nodes))
-
-
-def show(manifest: Manifest, as_json: bool) -> None:
-    """Print what a stage made; of several processes that made it together, the first one does."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if as_json:
-        print(json.dumps(summary(manifest), ensure_ascii=False))
-        return
-    for key, value in summary(manifest).items():
-        print(f"{key}: {value}")
-
-
-def summary(manifest: Manifest) -> dict[str, Any]:
-    """Digest, time and facts of a manifest as one flat object."""
-    return {
-        "stage": manifest.stage,
-        "digest": manifest.digest,
-        "seconds": manifest.record.get("seconds"),
-        **manifest.facts,
-    }
 
 
 def run(application: typer.Typer) -> None:

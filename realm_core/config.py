@@ -175,6 +175,13 @@ class RefreshConfig(Section):
     backlog: Literal["newest", "all"] = "newest"
 
 
+class RetentionConfig(Section):
+    """What of the past is kept in bytes. Manifests are kept for ever."""
+
+    keep_indexes: int = Field(10, ge=2)  # newest snapshots and indexes of a run, beside everything still in use
+    grace_seconds: float = Field(3600, ge=0)  # a version that was live a moment ago may just be being opened
+
+
 class ReaderConfig(Section):
     """Open-domain QA fine-tuning of question tower and reader."""
 
@@ -212,6 +219,7 @@ class Config(Section):
     index: IndexConfig = IndexConfig()
     gate: GateConfig = GateConfig()
     refresh: RefreshConfig = RefreshConfig()
+    retention: RetentionConfig = RetentionConfig()
     reader: ReaderConfig = ReaderConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
@@ -309,6 +317,14 @@ def load_config(params: Path | None = None, profile: str = "demo", overrides: Se
     for override in overrides:
         _apply_override(values, override)
     return config_from(values, where=f"{path}: {profile}")
+
+
+def with_overrides(config: Config, overrides: Sequence[str], where: str) -> Config:
+    """`config` with some `section.key=value` replaced. Raises ConfigError as `load_config` does."""
+    values = config.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(values, override)
+    return config_from(values, where)
 
 
 def settings_for_command(params: Path | None, profile: str, overrides: Sequence[str] | None) -> Config:

@@ -125,6 +125,15 @@ class Tracker(Protocol):
         """Tie the tracked run to digests and to runs elsewhere."""
         ...
 
+    def register(self, run: str, version: Mapping[str, str]) -> None:
+        """Enter an index version, `index` and `index_digest` with what else is known, in the model registry; it becomes
+        the candidate there."""
+        ...
+
+    def champion(self, run: str, version: Mapping[str, str]) -> None:
+        """Enter the version if it is not there yet; the registry's champion becomes whatever is live."""
+        ...
+
     def url(self, run: str) -> str | None:
         """Where a person finds the tracked run; None while the tracker cannot be reached."""
         ...

@@ -1,7 +1,7 @@
-"""MLflow behind the library's ports: one MLflow run per training run, written by explicit run id.
+"""MLflow behind the library's ports: one MLflow run per training run of a home, written by explicit run id, and the registry.
 
 A tracker that is down never stops training or refresh: rows that cannot be sent wait in a spool file beside the trainer and go
-out, in order, with the next row that can.
+out, in order, with the next row that can. What is to be registered waits in a spool file of its own.
 """
 
 import json
@@ -16,11 +16,15 @@ from typing import Any
 import dagster as dg
 from filelock import FileLock, Timeout
 
+from orchestration import production
+from orchestration.resources import registry
 from realm_core.artifacts.publish import read_json_lines
+from realm_core.artifacts.store import Store
 from realm_core.ports import MetricSink
 
 EXPERIMENT = "realm"
-RUN_TAG = "realm.run_id"
+RUN_TAG, HOME_TAG = "realm.run_id", "realm.home"
+_REGISTRY = "_registry"  # a spool file that no training run can have the name of
 _RETRY_SECONDS = 30.0  # how long rows are only spooled after the tracker failed
 log = logging.getLogger(__name__)
 
@@ -28,9 +32,12 @@ log = logging.getLogger(__name__)
 class MlflowTracker:
     """Implements the Tracker port on an MLflow tracking store."""
 
-    def __init__(self, uri: str, spool: Path) -> None:
+    def __init__(self, uri: str, spool: Path, artifacts: str | None = None) -> None:
+        """`spool` is HOME/mlflow/spool; `artifacts` is where a database without a server in front of it keeps files."""
         self.uri = uri
         self.spool = spool
+        self.home = spool.parent.parent
+        self.artifacts = artifacts
         self._client: Any = None
         self._runs: dict[str, str] = {}
         self._down_until = 0.0
@@ -41,14 +48,26 @@ class MlflowTracker:
     def tag(self, run: str, tags: Mapping[str, str]) -> None:
         self._send_or_spool(run, {"tags": dict(tags)})
 
+    def register(self, run: str, version: Mapping[str, str]) -> None:
+        self._send_or_spool(_REGISTRY, {"run": run, "version": dict(version), "alias": "candidate"})
+
+    def champion(self, run: str, version: Mapping[str, str]) -> None:
+        self._send_or_spool(_REGISTRY, {"run": run, "version": dict(version), "alias": "champion"})
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something is spooled for the registry."""
+        return (self.spool / f"{_REGISTRY}.jsonl").exists()
+
     def url(self, run: str) -> str | None:
-        """Address of the run on an MLflow server; for a database without server, None."""
-        if not self.uri.startswith("http"):
+        """Address of the run on an MLflow server or on the page that `realm up` shows; None without either."""
+        page = self.uri if self.uri.startswith("http") else os.environ.get("REALM_MLFLOW_PAGE", "")
+        if not page:
             return None
         with suppress(Exception):
             run_id = self._run_id(run)
             experiment = self._client.get_run(run_id).info.experiment_id
-            return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+            return f"{page.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
         return None
 
     def run_id(self, run: str) -> str | None:
@@ -115,6 +134,11 @@ class MlflowTracker:
     def _send(self, run: str, rows: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric, RunTag
 
+        if run == _REGISTRY:
+            for row in rows:
+                run_id = self._run_id(row["run"])
+                registry.enter(self._client, Store(self.home), run_id, row["version"], row["alias"])
+            return
         run_id = self._run_id(run)
         metrics = [
             Metric(name, value, row["time"], row["step"])
@@ -135,19 +159,33 @@ class MlflowTracker:
         with FileLock(self.spool / ".runs.lock"):
             client = self._connect()
             experiment = client.get_experiment_by_name(EXPERIMENT)
-            experiment_id = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
-            found = client.search_runs([experiment_id], filter_string=f"tags.`{RUN_TAG}` = '{run}'", max_results=1)
+            experiment_id = experiment.experiment_id if experiment else self._new_experiment(client)
+            home = Store(self.home).identity
+            mine = f"tags.`{RUN_TAG}` = '{run}' and tags.`{HOME_TAG}` = '{home}'"
+            found = client.search_runs([experiment_id], filter_string=mine, max_results=1)
             if not found:
-                found = [client.create_run(experiment_id, run_name=run, tags={RUN_TAG: run})]
+                found = [client.create_run(experiment_id, run_name=run, tags={RUN_TAG: run, HOME_TAG: home})]
             self._runs[run] = found[0].info.run_id
         return self._runs[run]
+
+    def _new_experiment(self, client: Any) -> str:
+        """A server decides itself where files go; a bare database would put them below the working directory."""
+        place = None if self.uri.startswith("http") else self.artifacts
+        try:
+            return str(client.create_experiment(EXPERIMENT, artifact_location=place))
+        except Exception:  # another home was quicker
+            found = client.get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                raise
+            return str(found.experiment_id)
 
     def _connect(self) -> Any:
         if self._client is None:
             os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-            logging.getLogger("alembic").setLevel(logging.WARNING)
+            for noisy in ("alembic", "mlflow.store.db.utils"):
+                logging.getLogger(noisy).setLevel(logging.WARNING)
             from mlflow import MlflowClient
 
             self._client = MlflowClient(self.uri)
@@ -155,7 +193,7 @@ class MlflowTracker:
 
     def _note_failure(self, run: str, error: Exception) -> None:
         self._down_until = time.monotonic() + _RETRY_SECONDS
-        self._runs.pop(run, None)  # somebody may have deleted it
+        self._runs.clear()  # somebody may have deleted them
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning("MLflow at %s: %s; metrics are spooled in %s and sent later", self.uri, first_line, self.spool)
 
@@ -176,13 +214,27 @@ def tracking_resource(context: dg.InitResourceContext) -> MlflowTracker:
 
 
 def tracker_for(home: Path) -> MlflowTracker:
-    """The tracker of a home: at MLFLOW_TRACKING_URI if that is set, else a SQLite database in the home."""
+    """The tracker of a home: at MLFLOW_TRACKING_URI if that is set, else PostgreSQL in the production profile, else a SQLite
+    database in the home."""
     home = home.resolve()
     uri = os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(home)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowTracker(uri, home / "mlflow" / "spool")
+    return MlflowTracker(uri, home / "mlflow" / "spool", artifacts=default_artifacts(home))
 
 
 def default_uri(home: Path) -> str:
-    return f"sqlite:///{home.resolve() / 'mlflow' / 'mlflow.db'}"
+    """Where runs are logged if nobody says otherwise."""
+    profile = production.chosen()
+    return profile.mlflow_uri() if profile else f"sqlite:///{home.resolve() / 'mlflow' / 'mlflow.db'}"
+
+
+def default_artifacts(home: Path) -> str:
+    """Where files of runs and models go if nobody says otherwise."""
+    profile = production.chosen()
+    if profile is not None:
+        return profile.mlflow_artifacts()
+    folder = home.resolve() / "mlflow" / "artifacts"
+    with suppress(OSError):  # a home that cannot be written loses files of the tracker, not its work
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder.as_uri()

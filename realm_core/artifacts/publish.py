@@ -171,6 +171,23 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def set_aside(folder: Path) -> Path | None:
+    """Move a finished artifact out of the way of another opinion on the same subject; returns its new place.
+
+    It keeps its content below `.superseded`, numbered in the order of the moves. None if there is nothing to move.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    shelf = folder.parent / ".superseded"
+    shelf.mkdir(exist_ok=True)
+    number = 1 + sum(entry.name.startswith(f"{folder.name}.") for entry in shelf.iterdir())
+    place = shelf / f"{folder.name}.{number:04d}"
+    os.rename(folder, place)
+    _fsync(shelf)
+    _fsync(folder.parent)
+    return place
+
+
 def write_durably(path: Path, text: str) -> None:
     """Replace a small text file: a reader sees the old or the new content, also after a power cut."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -222,7 +239,10 @@ def provenance() -> dict[str, str]:
 
 @cache
 def git_commit() -> str:
-    """Commit of the code that runs, with `+changes` when its files differ; `unknown` outside a checkout."""
+    """Commit of the code that runs, with `+changes` when its files differ; `unknown` outside a checkout.
+
+    A package installed below somebody else's checkout is not part of that: its own files must be tracked there.
+    """
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -231,6 +251,7 @@ def git_commit() -> str:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "..") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

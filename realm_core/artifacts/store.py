@@ -3,18 +3,20 @@
 home/
   home.json                 schema, settings and sources of this home
   corpus/v0001 …            also pretrain_corpus/ questions/ ict/ sparse_readers/: versions in the order they were made
-  checkpoints/RUN-s0000500  also snapshots/ indexes/ verdicts/ evaluations/ readers/ results/: by checkpoint, and
+  checkpoints/RUN-s0000500  also snapshots/ indexes/ drifts/ verdicts/ evaluations/ readers/ results/: by checkpoint, and
                             RUN-s0000500+v0002 … where the corpus has grown since (see keys, corpora)
   live.json                 the index version that answers; live.history.jsonl, every move it made
   trainer/RUN/              lease, step log and index swaps of a training run
 """
 
 import json
+import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ __all__ = ["BY_CHECKPOINT", "PRUNED", "VERSIONED", "Live", "Store", "checkpoint_
 
 SCHEMA = 1
 VERSIONED = ("corpus", "pretrain_corpus", "questions", "ict", "sparse_readers")
-BY_CHECKPOINT = ("checkpoints", "snapshots", "indexes", "verdicts", "evaluations", "readers", "results")
+BY_CHECKPOINT = ("checkpoints", "snapshots", "indexes", "drifts", "verdicts", "evaluations", "readers", "results")
 _VERSION = re.compile(r"^v\d{4,}$")
 
 
@@ -82,15 +84,22 @@ class Store:
         if found == wanted:
             return store
         if found and store.names("checkpoints"):
-            if difference := _first_difference(found, wanted):
+            if difference := first_difference(found, wanted):
                 raise ConfigError(f"{home}: made with other settings: {difference}; pass them again or another --home")
             return store
         try:
             home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ArtifactError(f"{home}: cannot be created ({error.strerror}); choose another --home") from None
-        write_durably(home / "home.json", json.dumps(wanted, indent=1) + "\n")
+        store.write_settings(wanted)
         return store
+
+    def write_settings(self, values: Mapping[str, Any]) -> None:
+        """Replace the content of home.json; the settings that it held stay in settings.history.jsonl."""
+        before = self._settings_if_any()
+        if before is not None:
+            append_durably(self.home / "settings.history.jsonl", {"until": time.time(), "config": before["config"]})
+        write_durably(self.home / "home.json", json.dumps(dict(values), indent=1) + "\n")
 
     def settings(self) -> dict[str, Any]:
         """Content of home.json."""
@@ -113,6 +122,22 @@ class Store:
         if found != SCHEMA:
             raise ArtifactError(f"{path}: schema {found}, this code reads {SCHEMA}; use the version that wrote it")
         return values
+
+    @property
+    def identity(self) -> str:
+        """What tells this home from every other on a service that several share: 32 hexadecimal digits, made once."""
+        path = self.home / "home.id"
+        with suppress(FileNotFoundError):
+            return path.read_text(encoding="utf-8").strip()
+        mine = self.home / f".home.id.{os.getpid()}"
+        try:
+            mine.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
+            with suppress(FileExistsError):  # of two processes at once the first one names the home
+                os.link(mine, path)
+            mine.unlink()
+        except OSError as error:
+            raise operator_error(error, path) from None
+        return path.read_text(encoding="utf-8").strip()
 
     def config(self) -> Config:
         """The resolved settings of this home."""
@@ -273,6 +298,20 @@ class Store:
         rows = read_json_lines(self.home / "live.history.jsonl")
         return [Live(**row) for row in rows if row.get("schema") == SCHEMA]
 
+    def live_before(self, index: str | None = None) -> Live | None:
+        """What a rollback goes back to: the version that was live before the live one; with `index`, before that one,
+        which is the live one as long as it has not gone live itself."""
+        live = self.live()
+        if live is None or (index is not None and index != live.index and not self._was_live(index)):
+            return live
+        name = index or live.index
+        moves = self.live_history()
+        last = max((place for place, move in enumerate(moves) if move.index == name), default=len(moves))
+        return next((move for move in reversed(moves[:last]) if move.index != name), None)
+
+    def _was_live(self, index: str) -> bool:
+        return any(move.index == index for move in self.live_history())
+
     @contextmanager
     def pointer_lock(self) -> Iterator[None]:
         """Held from the look at the live version to the move: two promotions never decide on the same state. Reentrant."""
@@ -290,10 +329,12 @@ class Store:
     def prune_checkpoints(self, run: str, keep: int, spare: set[str]) -> list[str]:
         """Drop the bytes of old checkpoints but keep their manifests, so that lineage stays walkable.
 
-        Spared are the newest `keep`, those in `spare`, what the live index was built from, and what is being refreshed.
+        Spared are the newest `keep`, those in `spare`, what the live index and the one before it were built from, and what is
+        being refreshed.
         """
         live = self.live()
-        spared = {checkpoint_of(name) for name in spare | ({live.index} if live else set())}
+        pinned = {move.index for move in (live, self.live_before()) if move}
+        spared = {checkpoint_of(name) for name in spare | pinned}
         dropped = []
         for key in self.checkpoints(run)[:-keep]:
             if key in spared or self._being_refreshed(key, live):
@@ -333,11 +374,12 @@ def _drop_files(folder: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str | None:
+def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first setting that differs, in words; None if none does."""
     for key in sorted(found.keys() | wanted.keys()):
         old, new = found.get(key), wanted.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            if inner := _first_difference(old, new, f"{prefix}{key}."):
+            if inner := first_difference(old, new, f"{prefix}{key}."):
                 return inner
         elif old != new:
             return f"{prefix}{key} is {old!r} there, {new!r} now"

@@ -81,6 +81,35 @@ def draw_training(path: Path, steps: Sequence[Mapping[str, Any]], swaps: Sequenc
     return True
 
 
+def draw_drift(path: Path, report: Mapping[str, Any]) -> bool:
+    """What every index version kept of the one before: top-k overlap, and how far its vectors turned; by encoder step.
+
+    Returns False, without a file, where no drift was measured.
+    """
+    rows = [
+        {**row["drift"], "step": row.get("step"), "turned": 1 - cosine}
+        for row in report.get("index_versions") or []
+        if row.get("drift") and (cosine := _value(row["drift"].get("cosine_mean"))) is not None
+    ]
+    rows.sort(key=lambda row: _value(row["step"]) or 0)
+    x, overlap = _points(rows, "top_k_overlap")
+    if not len(x):
+        return False
+    figure, (above, below) = _figure(2, height=4.4)
+    above.plot(x, overlap, color=_RECALL, linewidth=2, marker="o", markersize=5)
+    above.set_ylim(0, 1.04)
+    above.set_title("Top-k overlap with the version before, on the probe set", loc="left", fontsize=9.5, color=_INK)
+    x, turned = _points(rows, "turned")
+    below.plot(x, turned, color=_MATCH, linewidth=2, marker="o", markersize=5)
+    below.set_ylim(0, max(1e-6, 1.15 * float(turned.max())))
+    below.set_title("How far block vectors turned: 1 - mean cosine", loc="left", fontsize=9.5, color=_INK)
+    for axes in (above, below):
+        _mark_swaps(axes, _swap_steps(report.get("swaps") or []), label=None)
+    below.set_xlabel("optimizer step" + ("   (vertical lines: index swaps)" if report.get("swaps") else ""), color=_INK)
+    _save(figure, path)
+    return True
+
+
 def _draw_series(axes: Any, versions: Sequence[Mapping[str, Any]], key: str, label: str, colour: str) -> None:
     x, y = _points(versions, key)
     axes.plot(x, y, color=colour, linewidth=2, label=label, zorder=3)

@@ -16,9 +16,14 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from realm_core.evaluate.plots import draw_quality, draw_training, plots_available
+from realm_core.evaluate.plots import draw_drift, draw_quality, draw_training, plots_available
 
-JSON, MARKDOWN, QUALITY, TRAINING = "report.json", "report.md", "quality.png", "training.png"
+JSON, MARKDOWN, QUALITY, TRAINING, DRIFT = "report.json", "report.md", "quality.png", "training.png", "drift.png"
+_DRIFT_ALT = "Top-k overlap and displacement of every index version against the one before"
+_DRIFT_TEXT = (
+    "Each version against the one that was live when it was made, on a fixed set of probe sentences and the same blocks; "
+    "steps and seconds are the age of the older encoder."
+)
 _NO_PLOTS = "matplotlib is not installed, so there are no plots."
 
 
@@ -35,6 +40,8 @@ class IndexVersion(TypedDict, total=False):
     exact_match: float | None
     age_steps: float | None  # of the encoder behind the trainer when the version was swapped in
     null_probability: float | None
+    top_k_overlap: float | None  # of the probe set, with the version that was live before: 1 means nothing moved
+    drift: Mapping[str, Any] | None  # against, top_k_overlap, cosine_mean, cosine_min, distance_mean, ages
     live: bool
     verdict: str | None
 
@@ -59,8 +66,19 @@ _VERSION_COLUMNS = (
     ("R@5", "recall_at_5", "share"),
     ("EM", "exact_match", "share"),
     ("null p", "null_probability", "share"),
+    ("same", "top_k_overlap", "share"),
     ("age", "age_steps", "count"),
     ("verdict", "verdict", "text"),
+)
+_DRIFT_COLUMNS = (
+    ("version", "checkpoint", "name"),
+    ("against", "against", "name"),
+    ("top-k overlap", "top_k_overlap", "share"),
+    ("cosine, mean", "cosine_mean", "fine"),
+    ("cosine, least", "cosine_min", "fine"),
+    ("distance / norm", "relative_distance", "fine"),
+    ("steps", "age_steps", "count"),
+    ("seconds", "age_seconds", "count"),
 )
 _QA_COLUMNS = (
     ("system", "system", "text"),
@@ -79,6 +97,8 @@ def write_report(folder: Path, report: Mapping[str, Any], steps: Sequence[Mappin
     if plots_available():
         if draw_quality(folder / QUALITY, report):
             images.append(QUALITY)
+        if draw_drift(folder / DRIFT, report):
+            images.append(DRIFT)
         if draw_training(folder / TRAINING, steps, _swaps(report)):
             images.append(TRAINING)
     plain = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False, sort_keys=True)
@@ -149,6 +169,9 @@ def markdown(report: Mapping[str, Any], images: Sequence[str] = ()) -> str:
     lines += ["## Index versions", "", *_markdown_table(_marked(report), (("live", "mark", "text"), *_VERSION_COLUMNS))]
     if report.get("qa"):
         lines += ["## Question answering", "", *_markdown_table(_systems(report), _QA_COLUMNS)]
+    if drifts := _drifts(report):
+        lines += ["## Drift", "", *([f"![{_DRIFT_ALT}]({DRIFT})", ""] if DRIFT in images else []), _DRIFT_TEXT, ""]
+        lines += _markdown_table(drifts, _DRIFT_COLUMNS)
     if TRAINING in images:
         lines += ["## Training", "", f"![Loss, retrieval utility and index age over steps]({TRAINING})", ""]
     lines += ["## Where it came from", ""]
@@ -166,6 +189,11 @@ def markdown(report: Mapping[str, Any], images: Sequence[str] = ()) -> str:
 
 def _versions(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return sorted(report.get("index_versions") or [], key=lambda row: _number(row.get("step")) or 0)
+
+
+def _drifts(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A row for every version whose drift was measured; `age_steps` is here that of the version it was measured against."""
+    return [{**row["drift"], "checkpoint": row.get("checkpoint")} for row in _versions(report) if row.get("drift")]
 
 
 def _marked(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -192,10 +220,12 @@ def _cells(row: Mapping[str, Any], columns: Sequence[tuple[str, str, str]]) -> l
 
 
 def _cell(value: Any, kind: str) -> str:
-    if kind in ("share", "count"):
+    if kind in ("share", "count", "fine"):
         number = _number(value)
         if number is None:
             return "–"
+        if kind == "fine":
+            return f"{number:.5f}"
         return f"{number:.3f}" if kind == "share" else f"{number:,.0f}"
     if value is None:
         return "–"

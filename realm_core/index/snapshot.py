@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
@@ -57,6 +57,15 @@ class Snapshot:
         if name not in self.shard_names:
             raise ArtifactError(f"{self.folder}: no shard {name!r}; it has {', '.join(self.shard_names)}")
         return self.shards[self.shard_names.index(name)]
+
+    def rows(self, rows: Int[ndarray, "R"]) -> Float[ndarray, "R D"]:
+        """The vectors of some rows of the concatenation, in the order asked for; only their pages are read."""
+        chosen = np.empty((len(rows), self.dimension), dtype=np.float32)
+        place = np.searchsorted(self.offsets, rows, side="right") - 1
+        for number, (shard, first) in enumerate(zip(self.shards, self.offsets, strict=True)):
+            here = place == number
+            chosen[here] = shard[rows[here] - first]
+        return chosen
 
     def vectors(self) -> Float[ndarray, "N D"]:
         """All vectors: the mapped file itself where there is one shard, else a copy in memory (4 N D bytes)."""

@@ -13,6 +13,7 @@ CODE = {
     "reembed": "1",
     "index": "1",
     "qualify": "1",
+    "drift": "1",
     "finetune": "3",
     "evaluate": "1",
 }

@@ -8,9 +8,11 @@ from realm_core.artifacts.manifest import Manifest, open_artifact, read_manifest
 from realm_core.artifacts.publish import provenance
 from realm_core.artifacts.store import Live, Store, parse_key
 from realm_core.config import Config
-from realm_core.errors import GateError
+from realm_core.corpus.shards import Corpus
+from realm_core.errors import ArtifactError, GateError
 from realm_core.model.bundle import EMBEDDER
 from realm_core.stages.qualify import SECTIONS as VERDICT_SECTIONS
+from realm_core.stages.qualify import require_complete
 
 
 def run(
@@ -28,29 +30,51 @@ def run(
     `allow_drop` does not ask the metrics: a document may have to go whatever that costs.
 
     Raises GateError naming the first condition that fails, ArtifactError if a byte changed since qualification or if the
-    query tower of the version is gone.
+    query tower of the version is gone. `allow_older` is the rollback: an older step may go live, and a version that was
+    live before is not compared with the live one, whose metrics may be just what is wrong.
     """
-    index = open_artifact(store.path("indexes", name), "index")
-    with store.pointer_lock():
+    _require_known(store, name)
+    with store.pointer_lock():  # retention marks what it drops under the same lock: what is verified here stays
+        index = open_artifact(store.path("indexes", name), "index")
         live = store.live()
         if live is not None and live.index_digest == index.digest:
             return live
         _require_verdict(config, store, name, index)
         checkpoint = _require_query_tower(store, name)
+        _require_complete(store, name)
         if live is not None:
             _require_newer(store, name, live, allow_older)
             _require_corpus(store, name, live, allow_older)
-            if not allow_drop:
+            stood_the_test = allow_older and index.digest in {move.index_digest for move in store.live_history()}
+            if not (allow_drop or stood_the_test):
                 _require_no_worse(config, store, name, live)
         return store.move_live(name, index.digest, checkpoint.digest, reason, provenance().get("dagster_run_id"))
 
 
+def _require_known(store: Store, name: str) -> None:
+    if not store.has("indexes", name):
+        known = ", ".join(store.names("indexes")[-5:]) or "none yet"
+        raise ArtifactError(
+            f"{store.path('indexes', name)}: no manifest.json, so no such index version; newest versions: {known}"
+        )
+
+
+def _require_complete(store: Store, name: str) -> None:
+    """Rows are counted against the corpus here too: a verdict is only what somebody once wrote."""
+    index = store.path("indexes", name)
+    snapshot, checkpoint, corpus = (store.parent(index, role) for role in ("snapshot", "checkpoint", "corpus"))
+    require_complete(index, snapshot, checkpoint, corpus, Corpus.open(corpus))
+
+
 def _require_verdict(config: Config, store: Store, name: str, index: Manifest) -> None:
     if not store.has("verdicts", name):
-        raise GateError(f"{name}: not qualified; run the refresh_index job for it, or realm qualify")
+        raise GateError(f"{name}: not qualified; run the refresh_index job for it, or realm qualify {name}")
     verdict = open_artifact(store.path("verdicts", name), "qualify")
     if verdict.config_digest != config.digest(*VERDICT_SECTIONS):
-        raise GateError(f"{name}: its verdict was given under other settings; qualify it with those of this home")
+        raise GateError(
+            f"{name}: its verdict was given under other settings; qualify it with those of this home: "
+            f"realm qualify {name} --again"
+        )
     if verdict.parents["index"] != index.digest:
         raise GateError(f"{name}: its verdict is about index {verdict.parents['index'][:12]}; qualify it again")
     if not verdict.facts["passed"]:
@@ -72,7 +96,9 @@ def _require_newer(store: Store, name: str, live: Live, allow_older: bool) -> No
     run, step = parse_key(name)
     live_run, live_step = parse_key(live.index)
     if run == live_run and step < live_step and not allow_older:
-        raise GateError(f"{name}: older than the live {live.index}; to roll back, pass allow_older with a reason")
+        raise GateError(
+            f"{name}: older than the live {live.index}; to roll back, realm rollback --to {name} --reason …"
+        )
 
 
 def _require_corpus(store: Store, name: str, live: Live, allow_older: bool) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from realm_core.artifacts.manifest import Manifest, Plan, open_artifact, read_manifest
-from realm_core.artifacts.publish import building, finished
+from realm_core.artifacts.publish import building, finished, set_aside
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.errors import ArtifactError
@@ -32,9 +32,16 @@ def plan(config: Config, *, index: Path, snapshot: Path, checkpoint: Path, corpu
     return Plan(stage="qualify", code=CODE["qualify"], config_digest=config.digest(*SECTIONS), parents=parents)
 
 
-def run(config: Config, *, index: Path, snapshot: Path, checkpoint: Path, corpus: Path, out: Path) -> Manifest:
-    """Examine one index version. A failing version gives a verdict with `passed` False, not an error."""
+def run(
+    config: Config, *, index: Path, snapshot: Path, checkpoint: Path, corpus: Path, out: Path, again: bool = False
+) -> Manifest:
+    """Examine one index version. A failing version gives a verdict with `passed` False, not an error.
+
+    `again` sets an earlier verdict aside first, of whatever settings: it stays readable below `.superseded`.
+    """
     doing = plan(config, index=index, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus)
+    if again:
+        set_aside(out)
     if done := finished(out, doing):
         return done
     config.require_fits(len(Corpus.open(corpus)), "index.probe_k")
@@ -56,7 +63,7 @@ def examine(
 ) -> dict[str, dict[str, Any]]:
     """Findings by name: {"passed": bool, "found": what was seen}."""
     blocks = Corpus.open(corpus)
-    complete = _attempt(lambda: _complete(index, snapshot, checkpoint, corpus, blocks))
+    complete = _attempt(lambda: require_complete(index, snapshot, checkpoint, corpus, blocks))
     checksum = _attempt(lambda: (open_artifact(index, "index"), open_artifact(snapshot, "reembed")))
     facts = read_manifest(snapshot).facts
     sane = not facts["zero_vectors"] and not facts["bad_vectors"]
@@ -65,7 +72,9 @@ def examine(
     recall = _recall(config, index, snapshot_of(snapshot, blocks)) if readable else 0.0
     trained = read_manifest(checkpoint).facts["metrics"]
     # Where every step since the last checkpoint was skipped, nothing is known of the retriever: that does not pass.
+    # Where every step since the last checkpoint was skipped, nothing is known of the retriever: that does not pass.
     null = trained.get("null_probability", 1.0 if "skipped" in trained else None)
+    unknown = "every step since the last checkpoint was skipped" if "skipped" in trained else "not trained yet"
     return {
         "no_missing_shard": {"passed": complete is None, "found": complete or f"{len(blocks.shards)} shards"},
         "checksum": {"passed": checksum is None, "found": checksum or "all bytes as recorded"},
@@ -77,17 +86,21 @@ def examine(
         "recall_vs_bruteforce": {"passed": recall >= config.gate.min_recall_vs_exact, "found": recall},
         "retriever_not_collapsed": {
             "passed": null is None or null <= config.gate.max_null_probability,
-            "found": "not trained yet" if null is None else null,
+            "found": trained.get("null_probability", unknown),
         },
     }
 
 
-def _complete(index: Path, snapshot: Path, checkpoint: Path, corpus: Path, blocks: Corpus) -> None:
+def require_complete(index: Path, snapshot: Path, checkpoint: Path, corpus: Path, blocks: Corpus) -> None:
+    """Raise ArtifactError unless index and snapshot hold one vector for every block of the corpus, shard for shard, and
+    all of it was made from this one checkpoint."""
     made = read_manifest(snapshot)
     require_parent(snapshot, made, "checkpoint", checkpoint)
     require_parent(snapshot, made, "corpus", corpus)
     require_parent(index, read_manifest(index), "snapshot", snapshot)
     vectors = snapshot_of(snapshot, blocks)
+    if set(blocks.shards) != set(read_manifest(index).facts["shards"]):
+        raise ArtifactError(f"{index}: made of other shards than {corpus} has; build the index again")
     if (size := read_manifest(index).facts["vectors"]) != vectors.size:
         raise ArtifactError(f"{index}: {size} vectors for {vectors.size} blocks; build the index again")
 

@@ -28,12 +28,19 @@ class MemoryTracker:
 
     sinks: dict[str, MemorySink] = field(default_factory=dict)
     tags: dict[str, dict[str, str]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def sink(self, run: str) -> MemorySink:
         return self.sinks.setdefault(run, MemorySink())
 
     def tag(self, run: str, tags: Mapping[str, str]) -> None:
         self.tags.setdefault(run, {}).update(tags)
+
+    def register(self, run: str, version: Mapping[str, str]) -> None:
+        self.aliases["candidate"] = version["index"]
+
+    def champion(self, run: str, version: Mapping[str, str]) -> None:
+        self.aliases["champion"] = version["index"]
 
     def url(self, run: str) -> str | None:
         return f"http://tracker/{run}"

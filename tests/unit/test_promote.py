@@ -157,7 +157,9 @@ def test_an_unknown_version_is_refused(home: Store) -> None:
 
 def test_an_older_step_of_the_same_run_is_refused_without_the_word(home: Store) -> None:
     gate(home)
-    with pytest.raises(GateError, match="r1-s0000000: older than the live r1-s0000004; to roll back, pass allow_older"):
+    with pytest.raises(
+        GateError, match="r1-s0000000: older than the live r1-s0000004; to roll back, realm rollback --to"
+    ):
         gate(home, name=FIRST)
     assert home.require_live().index == LATER
 

@@ -1,0 +1,62 @@
+"""Settings of a home over time: which ones an artifact was made with, and which may change while training goes on."""
+
+from typing import Any
+
+from realm_core.artifacts.manifest import Manifest
+from realm_core.artifacts.publish import read_json_lines
+from realm_core.artifacts.store import Store
+from realm_core.config import Config, config_from, with_overrides
+from realm_core.errors import ConfigError
+
+# How the loop is run, not what it computes: a change touches no digest of a checkpoint, snapshot, index or score.
+OPERATION = ("gate", "refresh", "retention", "supervise", "retrain")
+
+
+def change(store: Store, overrides: list[str]) -> Config:
+    """Change settings of the operation from now on; returns all settings.
+
+    Raises ConfigError for a setting that training or an artifact depends on: those are fixed once a run has begun.
+    """
+    before = store.config()
+    after = with_overrides(before, overrides, where=str(store.home / "home.json"))
+    changed = sorted(differences(before, after))
+    fixed = [key for key in changed if key.partition(".")[0] not in OPERATION]
+    if fixed and store.names("checkpoints"):
+        free = ", ".join(name for name in OPERATION if name in Config.model_fields)
+        raise ConfigError(
+            f"{store.home}: {fixed[0]} is fixed since training began; {free} may change, else another --home"
+        )
+    if changed:
+        store.write_settings({**store.settings(), "config": after.model_dump(mode="json")})
+    return after
+
+
+def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """`section.key` -> (before, after) of every setting that differs."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    return {
+        key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    }
+
+
+def settings_of(store: Store, manifest: Manifest, sections: tuple[str, ...]) -> Config | None:
+    """The settings, of now or of earlier, that an artifact depends on; None if this home does not remember them."""
+    rows = read_json_lines(store.home / "settings.history.jsonl")
+    for values in [store.settings()["config"], *(row.get("config") for row in reversed(rows))]:
+        try:
+            config = config_from(values, where=str(store.home))
+        except (ConfigError, TypeError):  # written by a version that knew other settings
+            continue
+        if config.digest(*sections) == manifest.config_digest:
+            return config
+    return None
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section, inner in values.items():
+        if isinstance(inner, dict):
+            flat.update({f"{section}.{key}": value for key, value in inner.items()})
+        else:
+            flat[section] = inner
+    return flat

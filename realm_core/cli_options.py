@@ -1,0 +1,40 @@
+"""What several commands share: options, and how a result is printed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from realm_core.artifacts.manifest import Manifest
+
+Params = Annotated[Path | None, typer.Option(help="Settings file; ./params.yaml or the packaged one by default.")]
+Profile = Annotated[str, typer.Option(help="Which profile of the settings file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override: section.key=value. May be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Out = Annotated[Path, typer.Option(help="Folder to create; it must not exist with another content.")]
+Home = Annotated[Path, typer.Option(help="Home folder of the operation.", envvar="REALM_HOME")]
+Metrics = Annotated[Path | None, typer.Option(help="Append metrics to this JSON-lines file while the stage runs.")]
+HOME = Path(".realm")
+
+
+def show(manifest: Manifest, as_json: bool) -> None:
+    """Print what a stage made; of several processes that made it together, the first one does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print(json.dumps(summary(manifest), ensure_ascii=False))
+        return
+    for key, value in summary(manifest).items():
+        print(f"{key}: {value}")
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """Digest, time and facts of a manifest as one flat object."""
+    return {
+        "stage": manifest.stage,
+        "digest": manifest.digest,
+        "seconds": manifest.record.get("seconds"),
+        **manifest.facts,
+    }
