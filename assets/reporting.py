@@ -89,6 +89,18 @@ def mirror_version(store: Store, key: str) -> str | None:
         return f"not mirrored: {problem}"
 
 
+def drop_old_versions(store: Store) -> str:
+    """Retention of snapshots and indexes; what went, in words. It comes after the pointer has moved and fails nobody."""
+    from realm_core.artifacts import retention
+
+    kept = store.config().retention
+    try:
+        gone = retention.collect(store, keep=kept.keep_indexes, grace_seconds=kept.grace_seconds)["dropped"]
+    except (RealmError, OSError) as problem:
+        return f"not now: {problem}"
+    return ", ".join(row["index"] for row in gone) or "none"
+
+
 def drift_facts(context: dg.AssetExecutionContext, store: Store, key: str) -> dict[str, int | float]:
     """How far this version lies from the one it is to replace. What cannot be measured is said, and stops nothing."""
     from realm_core.evaluate.drift import measures

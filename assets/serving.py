@@ -6,13 +6,14 @@ from assets.checkpoint import LIVE_POINTER
 from assets.partitions import REALM_CKPT
 from assets.reporting import (
     DATA_VERSION_TAG,
+    drop_old_versions,
     materialized,
     mirror_version,
     stage_run,
     version_card,
     version_facts,
 )
-from realm_core.artifacts import corpora, retention
+from realm_core.artifacts import corpora
 from realm_core.artifacts.keys import checkpoint_of, parse_key
 from realm_core.artifacts.store import Store
 from realm_core.ports import NullSink, Tracker
@@ -66,8 +67,6 @@ def promoted_index(
         run, {"live_index": live.index, "live_index_digest": live.index_digest, "dagster_run_id": context.run.run_id}
     )
     tracker.sink(run).log(step, {"index/generation": float(live.generation)})
-    kept = store.config().retention
-    gone = retention.collect(store, keep=kept.keep_indexes, grace_seconds=kept.grace_seconds)["dropped"]
     mirrored = mirror_version(store, live.index)
     return dg.MaterializeResult(
         data_version=dg.DataVersion(live.index_digest),
@@ -76,7 +75,7 @@ def promoted_index(
             **({"mirror": mirrored} if mirrored else {}),
             "generation": live.generation,
             "reason": live.reason,
-            "dropped by retention": ", ".join(row["index"] for row in gone) or "none",
+            "dropped by retention": drop_old_versions(store),
         },
     )
 

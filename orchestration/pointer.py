@@ -23,7 +23,7 @@ from realm_core.stages import qualify
 
 def promote(home: Path, name: str, reason: str, *, allow_older: bool = False) -> tuple[Live, dict[str, str]]:
     """Move the pointer through the gate and tell everybody. Returns what is live, and how each service took it."""
-    store = Store.open(home)
+    store = _ready(home)
     live = gate.run(store.config(), store=store, name=name, reason=reason, allow_older=allow_older)
     return live, tell(store, live)
 
@@ -34,7 +34,7 @@ def rollback(home: Path, to: str | None, reason: str) -> tuple[Live, dict[str, s
 
     Raises GateError if nothing was live before, or if the version has not earned it.
     """
-    store = Store.open(home)
+    store = _ready(home)
     with store.pointer_lock():
         live = store.require_live()
         target = to
@@ -48,6 +48,13 @@ def rollback(home: Path, to: str | None, reason: str) -> tuple[Live, dict[str, s
     return live, tell(store, live)
 
 
+def _ready(home: Path) -> Store:
+    """The store, with the environment that its services need; a profile that is not complete is told before anything moves."""
+    store = Store.open(home)
+    os.environ.update(services.environment(home))
+    return store
+
+
 def _qualify_by_todays_settings(store: Store, name: str) -> None:
     config, index = store.config(), store.path("indexes", name)
     known = store.has("verdicts", name)
@@ -57,8 +64,7 @@ def _qualify_by_todays_settings(store: Store, name: str) -> None:
 
 
 def tell(store: Store, live: Live) -> dict[str, str]:
-    """Record the pointer as it stands with Dagster and MLflow; service -> what came of it. Never raises."""
-    os.environ.update(services.environment(store.home))
+    """Record the pointer as it stands with Dagster, MLflow and the mirror; service -> what came of it. Never raises."""
     tracker = tracker_for(store.home)
     told = {"dagster": _tell_dagster(store, live, tracker), "mlflow": _tell_mlflow(store, live, tracker)}
     return told | ({"mirror": mirrored} if (mirrored := mirror_version(store, live.index)) else {})

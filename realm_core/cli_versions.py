@@ -3,7 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,36 +13,35 @@ from realm_core.config import settings_for_command
 from realm_core.errors import ArtifactError, ConfigError, DataError
 from realm_core.ports import NullSink
 
-OptionalFolder = Annotated[Path | None, typer.Option()]
 Version = Annotated[str, typer.Argument(help="Name of an index version of the home, or its digest.")]
-
-index_app = typer.Typer(
-    help="Build the search structure over a snapshot's vectors, or list the index versions of a home.",
-    invoke_without_command=True,
-)
 
 
 def mount(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    app.add_typer(index_app, name="index")
-    for command in (qualify, promote, lineage, diff, replay, gc, settings, push, pull):
+    for command in (index, qualify, promote, lineage, diff, replay, gc, settings, push, pull):
         app.command()(command)
 
 
-@index_app.callback(invoke_without_command=True)
 def index(
-    context: typer.Context,
+    action: Annotated[
+        Literal["list"] | None, typer.Argument(help="list: show the index versions of a home; nothing: build one.")
+    ] = None,
     snapshot: Annotated[Path | None, typer.Option(help="A snapshot folder.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="The checkpoint the snapshot was made with.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="The corpus the snapshot was made from.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to create.")] = None,
+    home: Home = HOME,
     params: Params = None,
     profile: Profile = "demo",
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build the search structure over a snapshot's vectors; `realm index list` shows the versions of a home."""
-    if context.invoked_subcommand is not None:
+    """Build the search structure over a snapshot's vectors, or list the index versions of a home.
+
+    Example: realm index list --home .realm
+    """
+    if action == "list":
+        _list(Store.open(home), as_json)
         return
     from realm_core.stages import index as stage
 
@@ -54,17 +53,16 @@ def index(
     show(stage.run(config, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus, out=out, sink=NullSink()), as_json)
 
 
-@index_app.command("list")
-def index_list(home: Home = HOME, as_json: AsJson = False) -> None:
-    """Every index version of a home: what it is worth, how far it lies from the one before, and its state."""
+def _list(store: Store, as_json: bool) -> None:
+    """Every index version: what it is worth, how far it lies from the one before, and its state."""
     from realm_core.evaluate.versions import listing
     from realm_core.evaluate.versions_table import table
 
-    versions = listing(Store.open(home))
+    versions = listing(store)
     if as_json:
         print(json.dumps(versions, ensure_ascii=False))
     else:
-        print(table(versions) if versions else f"{home}: no index version yet")
+        print(table(versions) if versions else f"{store.home}: no index version yet")
 
 
 def qualify(

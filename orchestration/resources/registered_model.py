@@ -23,7 +23,12 @@ class RealmModel(PythonModel):
 
         known: dict[str, Any] = dict(context.model_config or {})
         home = Path(os.environ.get("REALM_HOME") or known["home"])
-        self.answerer = Answerer.open(Store.open(home), known["index"])
+        store = Store.open(home)
+        if not store.has("indexes", known["index"]):
+            raise ArtifactError(
+                f"{home}: no index {known['index']}; realm pull {known['index']} --home {home} fetches it"
+            )
+        self.answerer = Answerer.open(store, known["index"])
         if self.answerer.live.index_digest != known["index_digest"]:
             raise ArtifactError(
                 f"{home}: its index {known['index']} is {self.answerer.live.index_digest[:12]}, this model answers from "

@@ -5,12 +5,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlparse
 
 from realm_core.errors import ArtifactError, ConfigError
 
 
+@runtime_checkable
 class Objects(Protocol):
     """Keys are relative paths with `/`. Every method raises ArtifactError, naming the store, when it cannot be reached."""
 

@@ -160,6 +160,53 @@ def test_a_refresh_reports_digests_verdicts_and_scores_and_moves_the_pointer(wor
     assert world.tracker.tags["r1"]["live_index_digest"] == index.digest
 
 
+def test_every_later_version_shows_how_far_it_lies_from_the_one_before(world: World) -> None:
+    later = "r1-s0000004"
+    assert world.materialise(*REFRESH, key=START).success
+    assert not [name for name in world.metadata("mips_index", START) if name.startswith("drift/")]
+    worlds.train(world.store, "r1", 4)
+    assert world.materialise(*REFRESH, key=later).success
+    facts = world.store.manifest("drifts", later).facts
+    shown, promoted = world.metadata("mips_index", later), world.metadata("promoted_index", later)
+    for name in ("top_k_overlap", "cosine_mean", "distance_mean", "age_steps"):
+        assert shown[f"drift/{name}"] == promoted[f"drift/{name}"] == facts[name]
+    assert promoted["drift/against"] == START
+    assert promoted["state"] == "live" and promoted["recall_vs_exact"] == shown_recall(world, later)
+    assert promoted["mlflow"] == "http://tracker/r1" and promoted["dropped by retention"] == "none"
+    logged = {
+        name: value for step, values in world.tracker.sinks["r1"].rows if step == 4 for name, value in values.items()
+    }
+    assert logged["drift/top_k_overlap"] == facts["top_k_overlap"]
+    assert world.tracker.aliases == {"candidate": later, "champion": later}
+
+
+def shown_recall(world: World, key: str) -> float:
+    return float(world.store.manifest("verdicts", key).facts["recall_vs_exact"])
+
+
+def test_a_drift_that_cannot_be_measured_stops_no_refresh(world: World) -> None:
+    later = "r1-s0000004"
+    assert world.materialise(*REFRESH, key=START).success
+    worlds.train(world.store, "r1", 4)
+    name = next(iter(world.store.manifest("indexes", START).files))
+    (world.store.path("indexes", START) / name).unlink()
+    assert world.materialise(*REFRESH, key=later).success
+    assert world.store.require_live().index == later and not world.store.has("drifts", later)
+
+
+def test_old_versions_are_dropped_when_a_new_one_goes_live(world: World) -> None:
+    from realm_core.artifacts import settings
+
+    settings.change(world.store, ["retention.keep_indexes=2", "retention.grace_seconds=0"])
+    for step in (0, 4, 8, 12):
+        if step:
+            worlds.train(world.store, "r1", step)
+        assert world.materialise(*REFRESH, key=f"r1-s{step:07d}").success
+    promoted = world.metadata("promoted_index", "r1-s0000012")
+    assert promoted["dropped by retention"] == "r1-s0000004"
+    assert world.store.is_pruned("r1-s0000004") or not list(world.store.path("indexes", "r1-s0000004").glob("*.npy"))
+
+
 def test_promotion_is_observed_on_the_live_pointer(world: World) -> None:
     assert world.materialise(*REFRESH, key=START).success
     records = world.instance.fetch_observations(AssetKey("live_index_pointer"), limit=5).records
@@ -200,6 +247,7 @@ def test_a_failing_check_fails_the_run_and_leaves_the_pointer(unqualified: World
     assert verdicts == {**dict.fromkeys(CHECKS, True), "recall_vs_bruteforce": False}
     assert unqualified.store.live() is None
     assert not unqualified.instance.get_materialized_partitions(AssetKey("promoted_index"))
+    assert unqualified.tracker.aliases == {}
 
 
 def test_promotion_alone_in_another_run_is_refused_by_the_library(unqualified: World) -> None:
