@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from realm_core.artifacts.manifest import Manifest, open_artifact
+from realm_core.artifacts.manifest import Manifest, open_artifact, read_manifest, verify_files
+from realm_core.artifacts.publish import write_durably
 from realm_core.config import settings_for_command
 from realm_core.errors import DataError
 from realm_core.ports import NullSink, Progress
@@ -93,6 +94,31 @@ def corpus_show(
         print(
             f"{block.block_id}  {len(block.token_ids)} wordpieces\n{block.text}\nspans: {'; '.join(spans) or 'none'}\n"
         )
+
+
+@corpus_app.command("report")
+def corpus_report(
+    folder: Annotated[Path, typer.Argument(help="A corpus folder.")],
+    metrics: Annotated[Path | None, typer.Option(help="Write the numbers as one flat JSON object here.")] = None,
+    lengths: Annotated[Path | None, typer.Option(help="Write the lengths of the blocks as CSV here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a corpus holds, what was left out and why; with --metrics and --lengths for DVC and other programs."""
+    from realm_core.corpus.report import FILES, lengths_table, metrics_of
+
+    manifest = read_manifest(folder)
+    if manifest.stands_for != "corpus" or FILES[0] not in manifest.files:
+        raise DataError(f"{folder}: holds no report of a corpus; pass a folder that realm corpus build made")
+    verify_files(folder, manifest, only="report")
+    report = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
+    contents = {metrics: json.dumps(metrics_of(report), indent=1) + "\n", lengths: lengths_table(report)}
+    for path, content in contents.items():
+        if path is not None:
+            write_durably(path, content)
+    if as_json:
+        print(json.dumps({"digest": manifest.digest, **report}, ensure_ascii=False))
+    elif metrics is None and lengths is None:
+        print((folder / FILES[1]).read_text(encoding="utf-8"), end="")
 
 
 @qa_app.command("fetch")

@@ -32,6 +32,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         ("pages read", report["pages"]),
         ("redirects", report["redirects"]),
         ("dropped", sum(report["dropped"].values())),
+        *([("removed since", report["removed"])] if report.get("removed") else []),
         ("articles", report["articles"]),
         ("blocks", report["blocks"]),
         ("blocks whose title and text occur before", report["duplicate_blocks"]),
@@ -43,6 +44,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     parts = ["# Corpus", "", *_table(("", "count"), rows)]
     for title, key in (
+        ("This change", "change"),
         ("Dropped", "dropped"),
         ("Spans by label", "span_labels"),
         ("Notes", "notes"),
@@ -53,6 +55,34 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts += ["", "## Block lengths", "", "Wordpieces with title and special tokens.", "", "![](lengths.svg)", ""]
     bins = [(f"{low} to {int(low) + HISTOGRAM_STEP - 1}", count) for low, count in report["block_lengths"].items()]
     return "\n".join([*parts, *_table(("wordpieces", "blocks"), bins), ""])
+
+
+def metrics_of(report: Mapping[str, Any]) -> dict[str, int | float]:
+    """The report as one flat object of numbers, for whoever compares versions."""
+    names = (
+        "pages",
+        "redirects",
+        "articles",
+        "blocks",
+        "sentences",
+        "spans",
+        "blocks_without_span",
+        "duplicate_blocks",
+    )
+    return {
+        **{name: report[name] for name in names},
+        "dropped": sum(report["dropped"].values()),
+        "shards": len(report["shards"]),
+        "spans_per_block": round(report["spans"] / report["blocks"], 3),
+        "sentences_per_block": round(report["sentences"] / report["blocks"], 3),
+    }
+
+
+def lengths_table(report: Mapping[str, Any]) -> str:
+    """Block lengths as CSV: lower end of a bin in wordpieces, blocks; empty bins between others included."""
+    bins = {int(low): count for low, count in report["block_lengths"].items()}
+    steps = range(min(bins), max(bins) + 1, HISTOGRAM_STEP)
+    return "".join(["wordpieces,blocks\n", *(f"{low},{bins.get(low, 0)}\n" for low in steps)])
 
 
 def length_plot(lengths: Mapping[str, int]) -> str:

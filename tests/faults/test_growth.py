@@ -28,7 +28,7 @@ ADD = """
 import os, signal, sys
 from realm_core import cli
 from realm_core.corpus import growth, writer
-from realm_core.stages import grow, promote, reembed
+from realm_core.stages import promote, reembed
 
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -36,8 +36,6 @@ def die(*arguments, **options):
 moment = sys.argv.pop(1)
 if moment == "while packing":
     writer._write_shard = die
-elif moment == "before the version is complete":
-    grow._commit = die
 elif moment == "before embedding":
     reembed.run = die
 elif moment == "while embedding":
@@ -59,7 +57,6 @@ def new(tmp_path: Path) -> Path:
     ("moment", "versions"),
     [
         ("while packing", 1),
-        ("before the version is complete", 1),
         ("before embedding", 2),
         ("while embedding", 2),
         ("before the promotion", 2),

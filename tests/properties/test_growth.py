@@ -78,7 +78,7 @@ def found(blocks: Corpus, backend: str, queries: torch.Tensor) -> tuple[torch.Te
     return scores, [[str(blocks.block_ids[row]) for row in line] for line in rows.tolist()]
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(documents, changes)
 @pytest.mark.slow
 def test_growth_is_a_full_rebuild_for_every_search_and_compaction_is_one_byte_for_byte(

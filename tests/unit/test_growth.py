@@ -85,6 +85,7 @@ def test_unchanged_shards_and_vectors_are_shared_not_copied(home: Store, new: Pa
     assert (record["linked_shards"], record["reused_from"]) == (2, FIRST)
 
 
+@pytest.mark.slow
 def test_a_removed_document_is_out_of_every_reader_of_the_corpus(home: Store) -> None:
     before = Corpus.open(home.newest("corpus"))
     victim = before.block(0)
@@ -102,6 +103,7 @@ def test_a_removed_document_is_out_of_every_reader_of_the_corpus(home: Store) ->
     assert victim.title not in {after.block(row).title for row in rows[0]}
 
 
+@pytest.mark.slow
 def test_from_the_promotion_on_a_removed_document_is_not_returned_and_k_results_still_come(home: Store) -> None:
     first = Answerer.open(home)
     everything = len(first.pipeline.corpus)
@@ -121,6 +123,7 @@ def test_from_the_promotion_on_a_removed_document_is_not_returned_and_k_results_
     assert snapshot.record["embedded_blocks"] == 0
 
 
+@pytest.mark.slow
 def test_a_refresh_that_began_before_a_removal_cannot_bring_the_document_back(home: Store) -> None:
     """r1-s0000004 was embedded over v0001; meanwhile a document was removed and that went live."""
     victim = Corpus.open(home.newest("corpus")).block(0)
@@ -137,6 +140,7 @@ def test_a_refresh_that_began_before_a_removal_cannot_bring_the_document_back(ho
     assert snapshot.record["embedded_blocks"] == 0
 
 
+@pytest.mark.slow
 def test_a_rollback_over_the_newest_corpus_goes_through(home: Store, realm: Callable) -> None:
     promote.run(home.config(), store=home, name=LATER)
     victim = Corpus.open(home.newest("corpus")).block(0)
@@ -147,6 +151,7 @@ def test_a_rollback_over_the_newest_corpus_goes_through(home: Store, realm: Call
     assert code == 0 and json.loads(out)["index"] == f"{FIRST}+v0002"
 
 
+@pytest.mark.slow
 def test_an_older_corpus_without_removals_needs_allow_older(home: Store, new: Path) -> None:
     change(home, grow.Add(source=Source.find(new)))
     refreshed(home)
@@ -155,6 +160,7 @@ def test_an_older_corpus_without_removals_needs_allow_older(home: Store, new: Pa
     assert promote.run(home.config(), store=home, name=LATER, allow_older=True).index == LATER
 
 
+@pytest.mark.slow
 def test_a_known_id_is_refused_skipped_or_replaced(home: Store, tmp_path: Path) -> None:
     known = Corpus.open(home.newest("corpus")).block(0)
     rows = [*NEW, {"id": known.doc_id, "title": "Anew", "text": "A new text in the place of the old one."}]
@@ -176,6 +182,7 @@ def test_a_known_id_is_refused_skipped_or_replaced(home: Store, tmp_path: Path) 
     assert snapshot.record["embedded_blocks"] == 3
 
 
+@pytest.mark.slow
 def test_the_same_command_again_changes_nothing(home: Store, new: Path, realm: Callable) -> None:
     assert realm("corpus", "add", new, "--home", home.home)[0] == 0
     live = home.live()
@@ -184,6 +191,7 @@ def test_the_same_command_again_changes_nothing(home: Store, new: Path, realm: C
     assert home.live() == live and home.names("corpus") == ["v0001", "v0002"]
 
 
+@pytest.mark.slow
 def test_a_removed_document_can_be_added_again(home: Store, new: Path) -> None:
     add = grow.Add(source=Source.find(new))
     change(home, add)
@@ -196,6 +204,7 @@ def test_a_removed_document_can_be_added_again(home: Store, new: Path) -> None:
     assert "Quorvane" in titles(Corpus.open(folder))
 
 
+@pytest.mark.slow
 def test_compaction_keeps_every_answer_and_embeds_nothing(home: Store, new: Path) -> None:
     change(home, grow.Add(source=Source.find(new)))
     change(home, grow.Remove(ids=[Corpus.open(home.newest("corpus")).block(0).doc_id, "ombrel"]))
@@ -212,6 +221,7 @@ def test_compaction_keeps_every_answer_and_embeds_nothing(home: Store, new: Path
         assert one.passages == other.passages and one.answer == other.answer
 
 
+@pytest.mark.slow
 def test_as_of_a_version_the_old_answer_is_given(home: Store, new: Path, realm: Callable) -> None:
     before = Answerer.open(home).ask(QUESTION)
     assert realm("corpus", "add", new, "--home", home.home)[0] == 0
@@ -232,6 +242,7 @@ def test_a_version_whose_checkpoint_was_pruned_cannot_be_asked_any_more(home: St
         Answerer.open(home, as_of=FIRST)
 
 
+@pytest.mark.slow
 def test_retention_spares_the_checkpoint_of_a_grown_index(home: Store, new: Path) -> None:
     change(home, grow.Add(source=Source.find(new)))
     refreshed(home)
@@ -239,6 +250,7 @@ def test_retention_spares_the_checkpoint_of_a_grown_index(home: Store, new: Path
     assert not home.is_pruned(FIRST)
 
 
+@pytest.mark.slow
 def test_lineage_reaches_every_version_of_the_corpus(home: Store, new: Path) -> None:
     change(home, grow.Add(source=Source.find(new)))
     change(home, grow.Remove(ids=["ombrel"]))
@@ -248,6 +260,7 @@ def test_lineage_reaches_every_version_of_the_corpus(home: Store, new: Path) -> 
     assert f"indexes/{FIRST}+v0003" in lineage.render(nodes)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_corpus_and_its_next_checkpoint_is_embedded_over_the_grown_one(home: Store, new: Path) -> None:
     change(home, grow.Add(source=Source.find(new)))
     refreshed(home)
@@ -299,6 +312,7 @@ def test_nothing_left_is_refused(home: Store) -> None:
         change(home, grow.Remove(ids=sorted({corpus.block(row).doc_id for row in range(len(corpus))})))
 
 
+@pytest.mark.slow
 def test_an_altered_vector_file_is_not_reused(home: Store, new: Path) -> None:
     path = home.path("snapshots", FIRST) / "shard-000.npy"
     data = bytearray(path.read_bytes())
@@ -311,6 +325,7 @@ def test_an_altered_vector_file_is_not_reused(home: Store, new: Path) -> None:
     assert path.read_bytes() == bytes(data)
 
 
+@pytest.mark.slow
 def test_reuse_makes_what_a_full_pass_makes(home: Store, new: Path) -> None:
     change(home, grow.Add(source=Source.find(new)))
     _, snapshot = refreshed(home)
@@ -335,6 +350,7 @@ def test_a_home_without_a_live_index_only_grows(home: Store, new: Path, realm: C
     assert code == 0 and "no index is live yet" in out
 
 
+@pytest.mark.slow
 def test_status_tells_every_version_and_what_to_do_next(home: Store, new: Path, realm: Callable) -> None:
     assert realm("corpus", "add", new, "--home", home.home)[0] == 0
     change(home, grow.Remove(ids=["ombrel"]))
@@ -346,6 +362,7 @@ def test_status_tells_every_version_and_what_to_do_next(home: Store, new: Path, 
     assert "next: the live index does not stand on v0003 yet" in realm("corpus", "status", "--home", home.home)[1]
 
 
+@pytest.mark.slow
 def test_removals_come_from_a_file(home: Store, tmp_path: Path, realm: Callable) -> None:
     corpus = Corpus.open(home.newest("corpus"))
     one, two = corpus.block(0), corpus.block(len(corpus) - 1)
@@ -374,6 +391,7 @@ def test_torn_tombstones_are_refused(home: Store) -> None:
             Corpus.open(folder)
 
 
+@pytest.mark.slow
 def test_vectors_of_removed_rows_are_in_no_file(home: Store) -> None:
     victim = Corpus.open(home.newest("corpus")).block(0)
     change(home, grow.Remove(ids=[victim.doc_id]))
