@@ -71,7 +71,9 @@ def pretrain(
     run: Annotated[str, typer.Option(help="Name of the training run; it is resumed if it has checkpoints.")] = "r1",
     until: Annotated[int | None, typer.Option(help="Stop after this step.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="A corpus folder; the home's newest by default.")] = None,
-    start: Annotated[Path | None, typer.Option(help="An ICT checkpoint; the home's newest by default.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="An ICT or REALM checkpoint; the home's newest ICT one by default.")
+    ] = None,
     params: Params = None,
     profile: Annotated[str | None, typer.Option(help="Which profile; the home's settings by default.")] = None,
     set_: Set = None,

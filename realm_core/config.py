@@ -137,6 +137,7 @@ class PretrainConfig(InParts):
     max_nan_steps: PositiveInt = 3  # non-finite losses in a row that end the run
     guard_window: PositiveInt = 50  # steps over which p(null) is averaged to notice a collapse
     max_null_probability: float = Field(0.95, gt=0, le=1)  # a higher mean ends the run; 1 switches the guard off
+    guard_utility_steps: int = Field(0, ge=0)  # the run ends when mean utility over so many is not above 0; 0: never
     trivial: Literal["uid", "near_duplicate"] = "uid"  # candidates dropped as too easy; uid: released code
     near_duplicate_share: float = Field(
         0.5, gt=0, le=1

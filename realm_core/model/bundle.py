@@ -5,7 +5,7 @@ rolling checkpoint have this layout; a checkpoint adds the optimiser.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,16 +101,17 @@ def new_model(config: ModelConfig, start: StartWeights, tokenizer: Tokenizer, se
             _fill_backbone(bert, start, config.weights)
         head = {name: tensor for name, tensor in start.tensors.items() if name.startswith("cls.")}
         if head:
+            known = {name: tensor for name, tensor in encoder.state_dict().items() if name in head}
+            _require_fit(known, head, config.weights, "these are not the weights of a BERT")
             encoder.load_state_dict(head, strict=False)
     return RealmModel(retriever, encoder, tokenizer)
 
 
 def _fill_backbone(bert: Encoder, start: StartWeights, where: str) -> None:
-    wanted = bert.state_dict().keys()
-    missing = sorted(wanted - start.tensors.keys())
-    if missing:
-        raise ArtifactError(f"{where}: missing {missing[:3]}; these are not the weights of a BERT with a pooler")
-    bert.load_state_dict({name: start.tensors[name] for name in wanted})
+    wanted = bert.state_dict()
+    tensors = {name: tensor for name, tensor in start.tensors.items() if name in wanted}
+    _require_fit(wanted, tensors, where, "these are not the weights of a BERT with a pooler")
+    bert.load_state_dict(tensors)
 
 
 def _read_shapes(folder: Path) -> dict[str, Any]:
@@ -146,9 +147,31 @@ def load_module(module: nn.Module, path: Path) -> None:
         tensors = load_file(path)
     except Exception as error:  # safetensors raises its own type for a damaged header and OSError for a missing file
         raise ArtifactError(f"{path}: cannot be read ({error}); restore it or use another checkpoint") from None
-    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    wrong = [name for name in expected.keys() & tensors.keys() if expected[name] != tensors[name].shape]
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if wrong or missing or extra:
-        raise ArtifactError(f"{path}: missing {missing[:5]}, extra {extra[:5]}, other shape {sorted(wrong)[:5]}")
+    _require_fit(module.state_dict(), tensors, path, "restore it or use another checkpoint")
     module.load_state_dict(tensors)
+
+
+def _require_fit(
+    expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: object, advice: str
+) -> None:
+    """Raise ArtifactError naming every tensor that is missing, extra or of another shape."""
+    wrong = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "extra": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in sorted(expected.items())
+            if name in found and found[name].shape != tensor.shape
+        ],
+    }
+    if any(wrong.values()):
+        told = "; ".join(f"{kind}: {_listed(names)}" for kind, names in wrong.items() if names)
+        raise ArtifactError(f"{where}: {told}; {advice}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+_NAMED = 20  # of a kind, in one message

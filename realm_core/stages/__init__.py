@@ -9,7 +9,7 @@ CODE = {
     "grow": "1",
     "questions": "2",
     "ict": "3",
-    "pretrain": "2",
+    "pretrain": "3",
     "reembed": "1",
     "index": "1",
     "qualify": "1",

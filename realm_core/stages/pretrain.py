@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from realm_core.artifacts.keys import checkpoint_of
-from realm_core.artifacts.manifest import Manifest, Plan, open_artifact, read_manifest
+from realm_core.artifacts.manifest import QUARANTINED, Manifest, Plan, open_artifact, read_manifest
 from realm_core.artifacts.publish import building, read_json_lines
 from realm_core.artifacts.store import Store, checkpoint_key, parse_key
 from realm_core.config import Config
@@ -32,6 +32,7 @@ from realm_core.train.update import DivergedError
 SECTIONS = ("runtime", "model", "lengths", "optimizer", "pretrain")
 STEPS = "steps.jsonl"
 _ALONE = World()
+STARTS = {"ict": "ict", "pretrain": "start"}  # what a run may start from -> its role as a parent
 
 
 def run(
@@ -47,7 +48,8 @@ def run(
 ) -> Manifest:
     """Train run `training_run` up to step `until` (the configured number by default); resumes from its newest checkpoint.
 
-    Step 0 is a checkpoint of its own, equal to the warm start, so that the first index is made like every other.
+    `start` is an ICT checkpoint, or a REALM checkpoint that training with other settings goes on from, with a new optimiser.
+    Step 0 is a checkpoint of its own, equal to the start, so that the first index is made like every other.
     Several processes (see `stages.processes`) share every batch; the first one publishes, logs and is asked to stop.
     Returns the manifest of the last checkpoint. Raises RealmError if no index goes live in time.
     """
@@ -104,7 +106,8 @@ class _Run:
         if optimizer_file(newest).exists():
             load_optimizer_tensors(self.trainer.updater.optimizer, load_file(optimizer_file(newest)))
         self.follower = IndexFollower(store, self.folder, self.device, warn=self._warn, world=world)
-        self.guard = CollapseGuard(config.pretrain.guard_window, config.pretrain.max_null_probability)
+        watched = config.pretrain
+        self.guard = CollapseGuard(watched.guard_window, watched.max_null_probability, watched.guard_utility_steps)
         self.window: list[dict[str, float]] = []
         self.since = 0
         self.bar = Progress(f"pretrain {name}", config.pretrain.steps)
@@ -207,8 +210,12 @@ class _Run:
 
 
 def _publish_start(config: Config, store: Store, name: str, corpus: Path, start: Path) -> None:
-    manifest = open_artifact(start, "ict")
-    parents = {"ict": manifest, "corpus": read_manifest(corpus)}
+    manifest = open_artifact(start)
+    if (start / QUARANTINED).exists():
+        raise ArtifactError(f"{start}: set aside after a collapse; start from an earlier checkpoint")
+    if manifest.stands_for not in STARTS:
+        raise ArtifactError(f"{start}: written by stage {manifest.stage}; start from an ICT or a REALM checkpoint")
+    parents = {STARTS[manifest.stands_for]: manifest, "corpus": read_manifest(corpus)}
     out = store.path("checkpoints", checkpoint_key(name, 0))
     with building(out, _plan(config, parents)) as build:
         RealmModel.load(start).save(build.folder)

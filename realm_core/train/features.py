@@ -58,11 +58,16 @@ def choose_candidates(
 
     `near_duplicate_of(number, row)` says of a retrieved row whether it repeats the block that query `number` came from.
     """
-    chosen = []
-    for number, (origin, found) in enumerate(zip(origins, retrieved, strict=True)):
-        kept = np.array([row for row in found if not near_duplicate_of(number, int(row))], dtype=np.int64)
-        chosen.append(select_candidates(kept, str(origin), [str(x) for x in corpus.block_ids[kept]], count).rows)
-    return chosen
+    return [
+        select_candidates(
+            found,
+            str(origin),
+            [str(x) for x in corpus.block_ids[found]],
+            count,
+            lambda row, number=number: near_duplicate_of(number, row),
+        ).rows
+        for number, (origin, found) in enumerate(zip(origins, retrieved, strict=True))
+    ]
 
 
 def realm_batch(

@@ -10,7 +10,7 @@ import numpy as np
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.data.batches import rng_for_step, rows_for_step, split_evenly
-from realm_core.data.candidates import near_duplicates
+from realm_core.data.candidates import near_duplicates, runs_of
 from realm_core.data.masking import MaskedQuery, empty_query
 from realm_core.errors import DataError
 from realm_core.index.version import IndexVersion
@@ -121,18 +121,19 @@ class RealmTrainer:
         )
 
     def _width(self, index: IndexVersion) -> int:
-        """How many blocks to ask for: as many as candidates although null takes a place, because the block a query came
-        from is dropped (original code: language/realm); more where near-duplicates are dropped too."""
-        wanted = self.config.pretrain.candidates
-        return min(len(index.corpus), 2 * wanted) if self.config.pretrain.trivial == "near_duplicate" else wanted
+        """How many blocks to ask for: more than candidates, because the block a query came from is dropped, and texts that
+        occur twice are taken once. The original code asks for just as many, and throws away a query that finds a text twice.
+        """
+        return min(len(index.corpus), 2 * self.config.pretrain.candidates)
 
     def _repeats(self, queries: Sequence[MaskedQuery], documents: Corpus) -> Callable[[int, int], bool]:
         """Whether a document repeats the block that a query (by number) came from; never, if only identity counts."""
         settings = self.config.pretrain
         if settings.trivial == "uid":
             return lambda number, row: False
-        own = [self.corpus.token_ids(query.row) if len(query.targets) else query.token_ids for query in queries]
-        return lambda number, row: near_duplicates(own[number], documents.token_ids(row), settings.near_duplicate_share)
+        ids = [self.corpus.token_ids(query.row) if len(query.targets) else query.token_ids for query in queries]
+        own, share = [runs_of(each) for each in ids], settings.near_duplicate_share
+        return lambda number, row: near_duplicates(own[number], runs_of(documents.token_ids(row)), share)
 
 
 def usable_rows(corpus: Corpus, masking: str) -> np.ndarray:

@@ -14,7 +14,7 @@ from realm_core.corpus.readers import Document
 from realm_core.corpus.shards import Corpus, write_shards
 from realm_core.data.answers import gold_spans
 from realm_core.data.batches import rows_for_step
-from realm_core.data.candidates import NULL_ROW, near_duplicates, select_candidates
+from realm_core.data.candidates import NULL_ROW, near_duplicates, runs_of, select_candidates
 from realm_core.data.formats import document_inputs, joint_inputs, reader_inputs
 from realm_core.data.ict import ict_example
 from realm_core.data.masking import masked_query
@@ -247,19 +247,20 @@ def test_the_order_at_a_step_needs_no_history(step: int) -> None:
 
 
 WORDPIECES = st.lists(st.integers(5, 30_000), min_size=8, max_size=60, unique=True).map(np.array)
+FEW_WORDS = st.lists(st.integers(5, 7), max_size=40).map(np.array)  # texts that repeat themselves and each other
 
 
 @given(WORDPIECES, WORDPIECES, st.floats(0.01, 1))
 def test_a_text_repeats_itself_and_whatever_holds_it(a: np.ndarray, b: np.ndarray, share: float) -> None:
-    assert near_duplicates(a, a, share)
-    assert near_duplicates(a, np.concatenate([b, a]), share)
-    assert near_duplicates(a, b, share) == near_duplicates(b, a, share)
+    assert near_duplicates(runs_of(a), runs_of(a), share)
+    assert near_duplicates(runs_of(a), runs_of(np.concatenate([b, a])), share)
+    assert near_duplicates(runs_of(a), runs_of(b), share) == near_duplicates(runs_of(b), runs_of(a), share)
 
 
 @given(WORDPIECES, st.integers(1, 7))
 def test_texts_without_a_common_run_or_too_short_for_one_do_not_repeat_each_other(a: np.ndarray, length: int) -> None:
-    assert not near_duplicates(a, a + 40_000, 0.01)
-    assert not near_duplicates(a[:length], a, 0.01)
+    assert not near_duplicates(runs_of(a), runs_of(a + 40_000), 0.01)
+    assert not near_duplicates(runs_of(a[:length]), runs_of(a), 0.01)
 
 
 @given(WORDPIECES.filter(lambda ids: len(ids) >= 40))
@@ -267,5 +268,34 @@ def test_half_a_copy_counts_at_half_and_not_above(a: np.ndarray) -> None:
     runs = len(a) - 7
     other = np.concatenate([a[: len(a) // 2], a[len(a) // 2 :] + 40_000])
     shared = (len(a) // 2 - 7) / runs
-    assert near_duplicates(a, other, shared)
-    assert not near_duplicates(a, other, shared + 1.5 / runs)
+    assert near_duplicates(runs_of(a), runs_of(other), shared)
+    assert not near_duplicates(runs_of(a), runs_of(other), shared + 1.5 / runs)
+
+
+@given(FEW_WORDS, FEW_WORDS, st.floats(0.01, 1))
+def test_near_duplicates_share_runs_as_one_would_count_them(a: np.ndarray, b: np.ndarray, share: float) -> None:
+    runs = [{tuple(ids[i : i + 8].tolist()) for i in range(len(ids) - 7)} for ids in (a, b)]
+    shorter = min(len(each) for each in runs)
+    expected = shorter > 0 and len(runs[0] & runs[1]) >= share * shorter
+    assert near_duplicates(runs_of(a.astype(int)), runs_of(b.astype(int)), share) == expected
+
+
+@given(st.lists(st.integers(0, 12), max_size=14), st.integers(2, 6), st.sets(st.integers(0, 12)))
+def test_candidates_are_the_first_different_texts_that_do_not_repeat_the_origin(
+    texts: list[int], k: int, repeats: set[int]
+) -> None:
+    """Rows are places, several of which may hold one text; text 0 is the block the query came from."""
+    rows = np.arange(100, 100 + len(texts))
+    asked: list[int] = []
+
+    def repeats_origin(row: int) -> bool:
+        asked.append(row)
+        return texts[row - 100] in repeats
+
+    found = select_candidates(rows, "0", [str(text) for text in texts], k, repeats_origin)
+    first = dict(reversed([(text, row) for text, row in zip(texts, rows.tolist(), strict=True)]))
+    usable = [row for text, row in sorted(first.items(), key=lambda pair: pair[1]) if text and text not in repeats]
+    assert found.rows.tolist() == [NULL_ROW, *usable][:k]
+    assert found.origin_removed == (0 in texts) and found.duplicates == (len(set(texts)) < len(texts))
+    if len(usable) >= k - 1:
+        assert asked[-1:] == usable[k - 2 : k - 1]  # nothing is compared once there are enough

@@ -19,7 +19,7 @@ from realm_core.model.bundle import EMBEDDER, ENCODER
 from realm_core.ports import MemorySink, MetricSink, NullSink
 from realm_core.stages import pretrain, promote
 from realm_core.train import follower
-from realm_core.train.loop import optimizer_file
+from realm_core.train.loop import RealmTrainer, optimizer_file
 
 FIRST, LATER, LAST = (checkpoint_key("r1", step) for step in (0, 4, 12))
 
@@ -30,7 +30,7 @@ def train(store: Store, sink: MetricSink | None = None, run: str = "r1", **optio
         store=store,
         training_run=run,
         corpus=store.newest("corpus"),
-        start=store.newest("ict"),
+        start=options.pop("start", store.newest("ict")),
         sink=sink or NullSink(),
         **options,
     )
@@ -302,6 +302,36 @@ def test_a_collapsed_run_is_not_taken_up_again(collapsed: tuple[Store, str]) -> 
         RealmError, match="r2-s0000004: set aside after a collapse, and the same settings would collapse"
     ):
         train(home, run="r2")
+
+
+def test_a_run_whose_documents_add_nothing_for_long_ends_too(home: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_config(home, ("pretrain", "guard_utility_steps", 7))
+    step = RealmTrainer.step
+    useless = {"utility": -0.1}
+    monkeypatch.setattr(RealmTrainer, "step", lambda self, *arguments: {**step(self, *arguments), **useless})
+    told = (
+        "step 7: documents add nothing, retrieval utility -0.100 over 7 steps; the last good checkpoint is r2-s0000000"
+    )
+    with pytest.raises(RealmError, match=told):
+        train(home, run="r2")
+    assert home.is_quarantined(checkpoint_key("r2", 4))
+
+
+def test_a_new_run_may_start_from_a_checkpoint_of_another_one(home: Store) -> None:
+    good = home.path("checkpoints", LATER)
+    made = train(home, run="r2", start=good, until=0)
+    assert made.parents["start"] == read_manifest(good).digest
+    assert {name: made.files[name] for name in (EMBEDDER, ENCODER)} == {
+        name: read_manifest(good).files[name] for name in (EMBEDDER, ENCODER)
+    }
+    assert made.facts["step"] == 0 and not optimizer_file(home.path("checkpoints", checkpoint_key("r2", 0))).exists()
+    with pytest.raises(ArtifactError, match="written by stage corpus; start from an ICT or a REALM checkpoint"):
+        train(home, run="r3", start=home.newest("corpus"))
+    home.quarantine(LATER, "collapsed")
+    with pytest.raises(
+        ArtifactError, match="r1-s0000004: set aside after a collapse; start from an earlier checkpoint"
+    ):
+        train(home, run="r3", start=good)
 
 
 def test_an_index_of_a_quarantined_checkpoint_cannot_go_live(home: Store) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from realm_core.artifacts.manifest import file_sha256
 from realm_core.config import ModelConfig
@@ -144,6 +144,13 @@ def test_weights_for_another_vocabulary_are_refused(folder: Path) -> None:
 def test_weights_of_something_else_are_refused(folder: Path) -> None:
     save_file({"encoder.conv.weight": torch.zeros(3)}, folder / WEIGHTS)
     with pytest.raises(ArtifactError, match="these are not the weights of a BERT"):
+        new_model(config(folder), load_start_weights(config(folder), 60), vocabulary(), seed=3)
+
+
+@pytest.mark.parametrize("name", ["bert.embeddings.position_embeddings.weight", "cls.predictions.transform.dense.bias"])
+def test_a_tensor_of_another_shape_is_named(folder: Path, name: str) -> None:
+    save_file({**load_file(folder / WEIGHTS), name: torch.zeros(2, 3)}, folder / WEIGHTS)
+    with pytest.raises(ArtifactError, match=rf"of another shape: {name.removeprefix('bert.')} \(2, 3\) instead of"):
         new_model(config(folder), load_start_weights(config(folder), 60), vocabulary(), seed=3)
 
 
