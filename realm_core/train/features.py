@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def choose_candidates(
             str(origin),
             [str(x) for x in corpus.block_ids[found]],
             count,
-            lambda row, number=number: near_duplicate_of(number, row),
+            partial(near_duplicate_of, number),
         ).rows
         for number, (origin, found) in enumerate(zip(origins, retrieved, strict=True))
     ]
