@@ -69,8 +69,9 @@ def test_a_new_version_of_the_corpus_is_a_change(store: Store) -> None:
 
 
 def test_other_code_is_a_change(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = CODE["pretrain"]
     monkeypatch.setitem(CODE, "pretrain", "99")
-    assert retraining.due(store).reason == "since r1: code of pretrain 1 became 99"
+    assert retraining.due(store).reason == f"since r1: code of pretrain {before} became 99"
 
 
 def test_a_run_that_is_still_being_trained_is_not_overtaken(store: Store, instance: dg.DagsterInstance) -> None:
