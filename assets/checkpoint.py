@@ -8,6 +8,7 @@ from assets.reporting import CODE_VERSION_TAG, DATA_VERSION_TAG, describe, mater
 from realm_core.artifacts import corpora
 from realm_core.artifacts.keys import checkpoint_of, parse_key
 from realm_core.artifacts.store import Store
+from realm_core.errors import ArtifactError
 from realm_core.ports import Tracker
 from realm_core.stages import CODE
 
@@ -31,7 +32,10 @@ live_index_pointer = dg.AssetSpec(
 def realm_checkpoint(
     context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], tracker: dg.ResourceParam[Tracker]
 ) -> dg.MaterializeResult:
-    """Retriever and encoder after so many joint steps; parent, live index and mean metrics are in the manifest."""
+    """Retriever and encoder after so many joint steps; parent, live index and mean metrics are in the manifest.
+
+    Trains under the lease of the run: while a detached trainer holds it, this fails and says so.
+    """
     from realm_core.stages import pretrain
 
     key = checkpoint_of(context.partition_key)
@@ -47,6 +51,9 @@ def realm_checkpoint(
                 until=step,
                 sink=tracker.sink(run),
             )
+            if not store.has("checkpoints", key):
+                newest = store.checkpoints(run)[-1]
+                raise ArtifactError(f"{key}: the run is at {newest} already and left none there; ask for a later step")
         folder, manifest = store.path("checkpoints", key), store.manifest("checkpoints", key)
     return materialized(folder, manifest)
 

@@ -18,13 +18,16 @@ CODE_VERSION_TAG = "dagster/code_version"
 
 
 @contextmanager
-def stage_run(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> Iterator[None]:
+def stage_run(
+    context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext | dg.OpExecutionContext,
+) -> Iterator[None]:
     """Let the stage record this Dagster run, and turn an operator's error into a failure that is not retried."""
     os.environ["REALM_DAGSTER_RUN_ID"] = context.run.run_id
     try:
         yield
     except RealmError as error:
-        raise dg.Failure(description=str(error), allow_retries=False) from error
+        named = {"error": type(error).__name__}  # tells a refusal from what may be tried again
+        raise dg.Failure(description=str(error), metadata=named, allow_retries=False) from error
     finally:
         os.environ.pop("REALM_DAGSTER_RUN_ID", None)
 

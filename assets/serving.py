@@ -1,5 +1,7 @@
 """What answers: the promotion of an index version, and the fine-tuned reader on top of one."""
 
+from datetime import timedelta
+
 import dagster as dg
 
 from assets.checkpoint import LIVE_POINTER
@@ -13,11 +15,14 @@ from assets.reporting import (
     version_card,
     version_facts,
 )
+from assets.settings import home_settings
 from realm_core.artifacts import corpora
 from realm_core.artifacts.keys import checkpoint_of, parse_key
-from realm_core.artifacts.store import Store
+from realm_core.artifacts.store import Live, Store
 from realm_core.ports import NullSink, Tracker
 from realm_core.stages import CODE
+
+_MAX_AGE_HOURS = home_settings().refresh.max_age_hours
 
 
 class Promotion(dg.Config):
@@ -28,12 +33,29 @@ class Promotion(dg.Config):
     reason: str = "refresh"
 
 
+def pointer_event(live: Live) -> dg.AssetObservation:
+    """What is told of a move of the pointer."""
+    return dg.AssetObservation(
+        asset_key=LIVE_POINTER,
+        tags={DATA_VERSION_TAG: live.index_digest},
+        metadata={
+            "index": live.index,
+            "index_digest": live.index_digest,
+            "generation": live.generation,
+            "reason": live.reason,
+        },
+    )
+
+
 @dg.asset(
     deps=["mips_index", "qa_eval"],
     partitions_def=REALM_CKPT,
     group_name="serving",
     code_version=CODE["qualify"],
     pool="promote",
+    freshness_policy=(
+        dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=_MAX_AGE_HOURS)) if _MAX_AGE_HOURS else None
+    ),
 )
 def promoted_index(
     context: dg.AssetExecutionContext,
@@ -54,13 +76,7 @@ def promoted_index(
             allow_older=config.allow_older,
             allow_drop=config.allow_drop,
         )
-    context.log_event(
-        dg.AssetObservation(
-            asset_key=LIVE_POINTER,
-            tags={DATA_VERSION_TAG: live.index_digest},
-            metadata={"index": live.index, "index_digest": live.index_digest, "generation": live.generation},
-        )
-    )
+    context.log_event(pointer_event(live))
     run, step = parse_key(key)
     tracker.champion(run, version_card(store, live.index))
     tracker.tag(

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -162,19 +162,12 @@ def train_stop(home: Home = HOME, run: RunName = "r1") -> None:
 
 @train_app.command("status")
 def train_status(home: Home = HOME, run: RunName = "r1", as_json: AsJson = False) -> None:
-    """Whether the trainer runs, and its last step."""
-    from orchestration import report, trainer
+    """Whether the trainer runs and where, its heartbeat and token, its restarts, its last step, and what went wrong."""
+    from orchestration import status
     from realm_core.artifacts.store import Store
 
-    store = Store.open(home)
-    steps = report.steps_of(store, run)
-    status: dict[str, Any] = {
-        "run": run,
-        "process": trainer.alive(home, run),
-        "last_step": steps[-1] if steps else None,
-    }
-    status["checkpoints"] = store.checkpoints(run)
-    print(json.dumps(status) if as_json else "\n".join(f"{key}: {value}" for key, value in status.items()))
+    found = status.of(Store.open(home), run)
+    print(json.dumps(found) if as_json else status.text(found))
 
 
 def main() -> None:

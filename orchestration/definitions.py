@@ -9,9 +9,11 @@ import dagster as dg
 
 # Partitioned asset checks are a preview feature of Dagster 1.13; they are declared in assets/checks.py alone.
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
+# Dagster's own decorator for failure sensors passes a parameter that Dagster calls beta.
+warnings.filterwarnings("ignore", category=dg.BetaWarning, message="Parameter `owners`")
 
 from assets import checkpoint, checks, corpus, evaluation, ict, index, serving  # noqa: E402
-from orchestration.defs import growth, jobs, sensors  # noqa: E402
+from orchestration.defs import growth, jobs, schedules, sensors, watch  # noqa: E402
 from orchestration.resources.store import store_resource  # noqa: E402
 from orchestration.resources.tracking import tracking_resource  # noqa: E402
 
@@ -24,7 +26,8 @@ defs = dg.Definitions(
     ),
     asset_checks=[checks.index_checks],
     jobs=jobs.ALL,
-    sensors=[*sensors.ALL, *growth.ALL],
+    sensors=[*sensors.ALL, *growth.ALL, *watch.ALL, *schedules.SENSORS],
+    schedules=schedules.SCHEDULES,
     resources={"store": store_resource.configured(HOME), "tracker": tracking_resource.configured(HOME)},
     executor=dg.in_process_executor,  # a process a step costs seconds each, and its child survives its killed parent
 )

@@ -13,10 +13,10 @@ from typing import Any
 
 import dagster as dg
 
-from orchestration import report, services, trainer
-from orchestration.lease import Lease
+from orchestration import refreshes, report, services, supervisor, trainer
 from realm_core.artifacts import corpora
 from realm_core.artifacts.keys import checkpoint_of
+from realm_core.artifacts.lease import Lease
 from realm_core.artifacts.manifest import file_sha256, read_manifest
 from realm_core.artifacts.publish import operator_error
 from realm_core.artifacts.store import Store, checkpoint_key
@@ -150,22 +150,14 @@ def _failure_since(instance: dg.DagsterInstance, since: float) -> str | None:
 
 def failure_text(instance: dg.DagsterInstance, run_id: str) -> str | None:
     """What the first failed step of a run said."""
-    for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_FAILURE):
-        data = entry.dagster_event.step_failure_data if entry.dagster_event else None
-        if data and data.user_failure_data and data.user_failure_data.description:
-            return data.user_failure_data.description
-        if data and data.error:
-            error = data.error
-            while error.cause is not None:
-                error = error.cause
-            return f"{entry.step_key}: {error.message.strip()} (run {run_id})"
-    return None
+    return refreshes.failure(instance, run_id)[1]
 
 
 def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.KeptDaemon) -> None:
-    """Wait until the trainer is done and its last checkpoint is settled: live, refused, or failed."""
+    """Wait until the trainer is done and its last checkpoint is settled: live, refused, or failed for good."""
     seen: set[str] = set()
     deadline: float | None = None
+    dead_since: float | None = None
     while True:
         if news := daemon.keep():
             _say(news)
@@ -174,14 +166,12 @@ def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.KeptDae
         outcome = trainer.outcome(store.home, RUN)  # after the look at the process: it writes this before it ends
         if outcome and outcome["error"]:
             raise RealmError(outcome["error"])
-        if outcome is None and not running:
-            raise RealmError(
-                f"the trainer died; see {store.trainer(RUN) / trainer.LOG}, then run the same command again"
-            )
+        dead_since = _wait_for_restart(store, dead_since) if outcome is None and not running else None
         if outcome is not None:
             if not outcome["finished"]:
                 raise RealmError(f"the trainer of {RUN} was asked to stop; run the same command again to go on")
-            if _settled(store, instance, store.checkpoints(RUN)[-1]):
+            last = store.checkpoints(RUN)[-1]
+            if _settled(store, instance, last) and not _tried_again(store, instance, last):
                 return
             # A refresh takes as long as the corpus is large; only a loop in which nothing happens is given up.
             deadline = time.monotonic() + _IDLE_SECONDS if deadline is None or _refreshing(instance) else deadline
@@ -190,9 +180,29 @@ def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.KeptDae
                     f"no refresh of the last checkpoint began in {_IDLE_SECONDS:.0f} s; see {daemon.log}, "
                     "then run the same command again"
                 )
-        elif failed := _first_refresh_failed(store, instance):
+        elif (failed := _first_refresh_failed(store, instance)) and not _tried_again(
+            store, instance, checkpoint_key(RUN, 0)
+        ):
             raise RealmError(failed)
         time.sleep(0.5)
+
+
+def _wait_for_restart(store: Store, since: float | None) -> float:
+    """When the trainer was first found dead. Raises RealmError if nobody will start it again."""
+    now = time.monotonic()
+    if since is None:
+        _say("the trainer is down; trainer_health_sensor starts it again from its last checkpoint")
+        return now
+    given_up = supervisor.look(store, RUN).state == "given up"
+    if given_up or now - since > _IDLE_SECONDS:
+        raise RealmError(f"the trainer died; see {store.trainer(RUN) / trainer.LOG}, then run the same command again")
+    return since
+
+
+def _tried_again(store: Store, instance: dg.DagsterInstance, key: str) -> bool:
+    """Whether the sensor will ask for this refresh once more."""
+    runs = refreshes.history(instance).get(key, [])
+    return refreshes.stands(store, instance, key, runs).state == "failed"
 
 
 def _retry_failed_refresh(store: Store, instance: dg.DagsterInstance) -> None:
@@ -201,7 +211,7 @@ def _retry_failed_refresh(store: Store, instance: dg.DagsterInstance) -> None:
     if not keys or store.has("verdicts", keys[-1]):
         return
     runs = instance.get_runs(dg.RunsFilter(tags={"realm/checkpoint": keys[-1]}))
-    if runs and not any(_goes_on(run) for run in runs):
+    if runs and not any(refreshes.goes_on(run) for run in runs):
         _say(f"refresh {keys[-1]} again")
         tags = {"dagster/partition": keys[-1], "realm/checkpoint": keys[-1]}
         execute(store.home, instance, ["dagster", "job", "execute", "-j", "refresh_index", "--tags", json.dumps(tags)])
@@ -212,18 +222,12 @@ def _settled(store: Store, instance: dg.DagsterInstance, key: str) -> bool:
     live = store.live()
     runs = instance.get_runs(dg.RunsFilter(tags={"realm/checkpoint": key}))
     asked = bool(runs) or (live is not None and checkpoint_of(live.index) == key)
-    return asked and not any(_goes_on(run) for run in runs)
+    return asked and not any(refreshes.goes_on(run) for run in runs)
 
 
 def _refreshing(instance: dg.DagsterInstance) -> bool:
     """Whether some refresh is queued, running, or due for another try."""
-    return any(_goes_on(run) for run in instance.get_runs(dg.RunsFilter(job_name="refresh_index"), limit=5))
-
-
-def _goes_on(run: dg.DagsterRun) -> bool:
-    """Whether the run is under way, or failed and will be tried once more by the daemon."""
-    retry_is_due = run.tags.get("dagster/will_retry") == "true" and "dagster/auto_retry_run_id" not in run.tags
-    return not run.is_finished or retry_is_due
+    return any(refreshes.goes_on(run) for run in instance.get_runs(dg.RunsFilter(job_name="refresh_index"), limit=5))
 
 
 def _first_refresh_failed(store: Store, instance: dg.DagsterInstance) -> str | None:
@@ -232,7 +236,7 @@ def _first_refresh_failed(store: Store, instance: dg.DagsterInstance) -> str | N
     if store.live() is not None:
         return None
     runs = instance.get_runs(dg.RunsFilter(tags={"realm/checkpoint": key}))
-    if runs and not any(_goes_on(run) or run.is_success for run in runs):
+    if runs and not any(refreshes.goes_on(run) or run.is_success for run in runs):
         return failure_text(instance, runs[0].run_id) or f"the first refresh failed: run {runs[0].run_id}"
     return None
 

@@ -1,6 +1,7 @@
 """The report of a training run, gathered from the store, Dagster's event log and the tracker."""
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import dagster as dg
@@ -34,7 +35,8 @@ def collect(store: Store, run: str, instance: dg.DagsterInstance, seconds: float
         },
         "dagster_home": str(services.dagster_home(store.home)),
         "mlflow": {"tracking_uri": tracker.uri, "run_id": tracker.run_id(run)},
-        "training": _training(store, run),
+        "training": training(store, run),
+        "refreshes": refreshes(store, instance, keys),
     }
 
 
@@ -76,15 +78,43 @@ def _no_scores() -> dict[str, Any]:
     return dict.fromkeys(("recall_at_5", "recall_at_20", "exact_match"))
 
 
-def _training(store: Store, run: str) -> dict[str, Any]:
-    """How long the trainer computed and how long it stood still for index swaps, in seconds."""
+def training(store: Store, run: str) -> dict[str, Any]:
+    """How long the trainer computed, and how long it stood still because of refreshes and index swaps, in seconds."""
     records = [
         store.manifest("checkpoints", key).record for key in store.names("checkpoints") if parse_key(key)[0] == run
     ]
+    seconds = sum(record.get("train_seconds", 0.0) for record in records)
+    stalled = sum(record.get("stall_seconds", 0.0) for record in records)
     return {
         "run": run,
-        "seconds": round(sum(record.get("train_seconds", 0.0) for record in records), 2),
-        "stalled_seconds": round(sum(record.get("stall_seconds", 0.0) for record in records), 2),
+        "seconds": round(seconds, 2),
+        "stalled_seconds": round(stalled, 2),
+        "stalled_share": round(stalled / seconds, 5) if seconds else None,
+    }
+
+
+def refreshes(store: Store, instance: dg.DagsterInstance, keys: list[str]) -> dict[str, Any]:
+    """Medians over the index versions `keys`, in seconds: `overhead_seconds`, what a refresh took beyond its stages, and
+    `live_after_seconds`, from the checkpoint on disk to the moved pointer."""
+    promoted = {live.index: live.promoted_at for live in store.live_history()}
+    overheads, waits = [], []
+    for key in keys:
+        stages = [
+            store.manifest(kind, key).record
+            for kind in ("snapshots", "indexes", "verdicts", "evaluations")
+            if store.has(kind, key)
+        ]
+        ran = instance.get_run_record_by_id(str(stages[-1].get("dagster_run_id")))
+        # Where a second run did the rest, the stages were shared between two: neither tells what one refresh costs.
+        whole = len(stages) == 4 and len({record.get("dagster_run_id") for record in stages}) == 1
+        if whole and ran is not None and ran.start_time and ran.end_time:
+            overheads.append(ran.end_time - ran.start_time - sum(record["seconds"] for record in stages))
+        if key in promoted:
+            waits.append(promoted[key] - store.manifest("checkpoints", key).record["created"])
+    return {
+        "measured": len(overheads),
+        "overhead_seconds": round(median(overheads), 2) if overheads else None,
+        "live_after_seconds": round(median(waits), 2) if waits else None,
     }
 
 

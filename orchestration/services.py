@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from orchestration import production
-from orchestration.lease import Lease
 from orchestration.resources.tracking import default_artifacts, default_uri
+from realm_core.artifacts.lease import Lease
 from realm_core.artifacts.publish import write_durably
 from realm_core.artifacts.store import Store
 from realm_core.errors import ArtifactError, BusyError, ConfigError, RealmError

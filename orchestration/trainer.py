@@ -1,7 +1,7 @@
 """The long trainer: a process of its own, outside any Dagster run, that keeps its model warm and follows the live index.
 
-`start` detaches it and returns; a lease held by the process for as long as it lives makes a second trainer of one run
-impossible; a file named `stop` ends it at the next step border.
+`start` detaches it and returns; the lease of its run makes a second trainer impossible; a file named `stop` ends it at the
+next step border. `orchestration.supervisor` starts it again when it dies.
 """
 
 import json
@@ -10,36 +10,52 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from orchestration.lease import UNSIGNED, Lease
+from filelock import FileLock
+
 from realm_core.artifacts import corpora
+from realm_core.artifacts.lease import UNSIGNED, Held, Holder
 from realm_core.artifacts.publish import operator_error, write_durably
 from realm_core.artifacts.store import Store
 from realm_core.errors import BusyError, RealmError
 
-LEASE, LOG, STOP, DONE = "lease.json", "trainer.log", "stop", "done.json"
+LOG, STOP, DONE, STARTED = "trainer.log", "stop", "done.json", "supervision.json"
+DETACHED = "the detached trainer"
 
 
 def start(home: Path, run: str, patience: float = 120.0) -> str:
     """Start the trainer of `run` detached from this process; says what it did. A live trainer is left alone.
 
+    From now on the trainer is wanted: if it dies it is started again, until `stop`.
     Returns when the new process holds its lease or has ended already, so that `alive` and `outcome` speak of this start.
     Raises RealmError if it fails before that.
     """
     store = Store.open(home)
     folder = store.trainer(run)
+    with one_at_a_time(folder):
+        if (holder := state(home, run)) is not None:
+            return f"trainer of {run} already runs as {_place(holder)}"
+        try:
+            (folder / STOP).unlink(missing_ok=True)
+        except OSError as error:
+            raise operator_error(error, folder) from None
+        keys = store.checkpoints(run)
+        write_durably(folder / STARTED, json.dumps({"restarts": 0, "checkpoint": keys[-1] if keys else None}) + "\n")
+        return launch(store, run, patience)
+
+
+def launch(store: Store, run: str, patience: float) -> str:
+    """Detach a process and wait for its lease; `one_at_a_time` is held by the caller."""
+    folder = store.trainer(run)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if process := alive(home, run):
-            return f"trainer of {run} already runs as process {process}"
-        for leftover in (STOP, DONE):
-            (folder / leftover).unlink(missing_ok=True)
+        (folder / DONE).unlink(missing_ok=True)
         with (folder / LOG).open("ab") as output:
             child = subprocess.Popen(
-                [sys.executable, "-m", "orchestration.trainer", str(home.resolve()), run],
+                [sys.executable, "-m", "orchestration.trainer", str(store.home.resolve()), run],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -48,28 +64,64 @@ def start(home: Path, run: str, patience: float = 120.0) -> str:
     except OSError as error:
         raise operator_error(error, folder) from None
     try:
-        _wait_for_lease(home, run, child, patience)
+        _wait_for_lease(store.home, run, child, patience)
     except BaseException:
         child.kill()
         raise
     return f"started the trainer of {run} as process {child.pid}, log in {folder / LOG}"
 
 
+def state(home: Path, run: str) -> Holder | None:
+    """Who trains `run`: the detached trainer, a segment in a Dagster run, or a command; None if nobody does."""
+    return Store(home).training_lease(run).state()
+
+
 def alive(home: Path, run: str) -> int | None:
-    """Process id of the trainer that holds the lease of `run`, UNSIGNED while it is just starting, or None."""
-    return Lease(Store(home).trainer(run) / LEASE).holder()
+    """Process id of whoever holds the lease of `run`, UNSIGNED while it is just starting, or None."""
+    holder = state(home, run)
+    return None if holder is None else holder.pid
 
 
 def stop(home: Path, run: str, timeout: float = 30.0) -> None:
-    """Ask the trainer to end at the next step border; after `timeout` seconds end it by signal."""
+    """Ask the trainer to end at the next step border; after `timeout` seconds end it by signal.
+
+    Raises BusyError if it runs on another machine and does not end there, and if a segment or a command trains this run.
+    """
     folder = Store(home).trainer(run)
-    deadline = time.monotonic() + timeout
-    while (process := alive(home, run)) is not None:
+    if not folder.is_dir():
+        return
+    with one_at_a_time(folder):  # a restart that is under way comes first, and is then ended too
         (folder / STOP).touch()
-        if time.monotonic() > deadline and process != UNSIGNED:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        time.sleep(0.1)
+        deadline = time.monotonic() + timeout
+        while (holder := state(home, run)) is not None:
+            if holder.pid != UNSIGNED and holder.by != DETACHED:
+                raise BusyError(f"{folder}: {run} is trained by {_place(holder)}, no detached trainer; end that one")
+            if time.monotonic() > deadline and holder.pid != UNSIGNED:
+                if not holder.here:
+                    raise BusyError(f"{folder}: the trainer is {_place(holder)} and has not ended; stop it there")
+                with suppress(ProcessLookupError):
+                    os.kill(holder.pid, signal.SIGKILL)
+            time.sleep(0.1)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Starts, restarts and stops of one run follow each other."""
+    lock = FileLock(folder / ".start.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise operator_error(error, folder) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def stop_requested(home: Path, run: str) -> bool:
+    """Whether the last thing anybody wanted of this trainer is that it ends."""
+    return (Store(home).trainer(run) / STOP).exists()
 
 
 def outcome(home: Path, run: str) -> dict[str, Any] | None:
@@ -82,18 +134,23 @@ def outcome(home: Path, run: str) -> dict[str, Any] | None:
 def main(home: Path, run: str) -> int:
     """Body of the detached process."""
     store = Store.open(home)
-    folder = store.trainer(run)
-    lease = Lease(folder / LEASE)
     try:
-        lease.sign(lease.take(f"a trainer of {run}"), os.getpid())  # never let go: it ends with this process
+        lease = store.training_lease(run).hold(f"a trainer of {run}", by=DETACHED)
     except BusyError as problem:
         print(f"error: {problem}", file=sys.stderr, flush=True)
         return 2
+    try:
+        return _train(store, run, lease)
+    finally:
+        lease.retire()  # it is let go when this process has ended
+
+
+def _train(store: Store, run: str, lease: Held) -> int:
     # Imported under the lease: this takes seconds, and the starter waits for the lease.
     from orchestration.resources.tracking import tracker_for
     from realm_core.stages import pretrain
 
-    tracker, config = tracker_for(home), store.config()
+    folder, config, tracker = store.trainer(run), store.config(), tracker_for(store.home)
     if run_id := tracker.start(run):
         os.environ["REALM_MLFLOW_RUN_ID"] = run_id
     error, finished = None, False
@@ -106,14 +163,23 @@ def main(home: Path, run: str) -> int:
             start=store.newest("ict"),
             sink=tracker.sink(run),
             should_stop=(folder / STOP).exists,
+            lease=lease,
         )
         finished = newest.facts["step"] >= config.pretrain.steps
     except RealmError as problem:
         error = str(problem)
         print(f"error: {problem}", file=sys.stderr, flush=True)
+    if not lease.newest:
+        return 2  # somebody else trains this run now: its outcome is theirs to tell
     tracker.finish(run, "FINISHED" if finished else "FAILED" if error else "KILLED")
     write_durably(folder / DONE, json.dumps({"finished": finished, "error": error}) + "\n")
     return 2 if error else 0
+
+
+def _place(holder: Holder) -> str:
+    return ("a process" if holder.pid == UNSIGNED else f"process {holder.pid}") + (
+        "" if holder.here else f" of {holder.host}"
+    )
 
 
 def _wait_for_lease(home: Path, run: str, child: subprocess.Popen, patience: float) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
+from zoneinfo import ZoneInfo
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -20,6 +21,7 @@ from realm_core.errors import ConfigError
 
 DEFAULT_PARAMS = Path(__file__).with_name("params.yaml")
 LOCAL_PARAMS = Path("params.yaml")
+OPERATION = ("refresh", "supervise", "retrain")  # sections that no artifact depends on: they may change under a home
 
 
 class Section(BaseModel):
@@ -170,10 +172,54 @@ class GateConfig(Section):
 
 
 class RefreshConfig(Section):
-    """When a checkpoint is embedded and indexed."""
+    """When a checkpoint is embedded and indexed. May be changed in a home that trains already."""
 
     sensor_seconds: PositiveInt = 30
     backlog: Literal["newest", "all"] = "newest"
+    # every_steps: not before so many steps lie between a checkpoint and the last one refreshed. drift: only if a cheap
+    # estimate finds another top-k. A run's first and last checkpoint are refreshed under every policy.
+    policy: Literal["every_checkpoint", "every_steps", "drift"] = "every_checkpoint"
+    every_steps: PositiveInt = 500
+    drift_threshold: float = Field(0.1, gt=0, le=1)  # share of the estimate's top-k that must have changed
+    drift_blocks: PositiveInt = 1000  # blocks that the estimate embeds again
+    drift_queries: PositiveInt = 64  # dev questions that it searches them with
+    drift_k: PositiveInt = 8
+    supersede: bool = False  # cancel a refresh for a newer checkpoint while the mean age of the index gains by it
+    max_attempts: PositiveInt = 3  # of a refresh that fails and is not refused
+    max_age_hours: float | None = Field(24.0, ge=0.02)  # an older promotion is shown as not fresh; None: never
+
+
+class SuperviseConfig(Section):
+    """What looks after the detached trainer. May be changed in a home that trains already."""
+
+    max_restarts: int = Field(3, ge=0)  # of a trainer that died, without a new checkpoint in between
+    heartbeat_seconds: float = Field(10.0, gt=0)
+    stale_seconds: float = Field(120.0, gt=0)  # a heartbeat of another machine that is older counts for nothing
+    alert_command: str | None = None  # run for every alert, without a shell; see docs/loop.md
+
+    @model_validator(mode="after")
+    def _beats_in_time(self) -> "SuperviseConfig":
+        if self.stale_seconds < 3 * self.heartbeat_seconds:
+            raise ValueError(
+                f"stale_seconds={self.stale_seconds:g} under three times heartbeat_seconds={self.heartbeat_seconds:g}: "
+                "a late beat would count as a death; raise it"
+            )
+        return self
+
+
+class RetrainConfig(Section):
+    """When the next training run starts by itself. May be changed in a home that trains already."""
+
+    cron: str | None = Field(None, pattern=r"^\s*([\w*/,-]+\s+){4}[\w*/,-]+\s*$")  # such as "0 3 * * 0"; None: never
+    timezone: str = "UTC"
+
+    @model_validator(mode="after")
+    def _timezone_exists(self) -> "RetrainConfig":
+        try:
+            ZoneInfo(self.timezone)
+        except (ValueError, OSError, KeyError):
+            raise ValueError(f"timezone={self.timezone!r} is not known here; such as Europe/Zurich") from None
+        return self
 
 
 class RetentionConfig(Section):
@@ -221,6 +267,8 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     refresh: RefreshConfig = RefreshConfig()
     retention: RetentionConfig = RetentionConfig()
+    supervise: SuperviseConfig = SuperviseConfig()
+    retrain: RetrainConfig = RetrainConfig()
     reader: ReaderConfig = ReaderConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

@@ -7,7 +7,8 @@ import dagster as dg
 from assets.partitions import REALM_CKPT
 from assets.reporting import CODE_VERSION_TAG, DATA_VERSION_TAG, describe
 from orchestration.defs.jobs import grow_corpus, refresh_index
-from orchestration.defs.sensors import UNDER_WAY, runs_being_refreshed, seconds_between_ticks
+from orchestration.defs.sensors import seconds_between_ticks
+from orchestration.refreshes import UNDER_WAY, runs_being_refreshed
 from realm_core.artifacts import corpora, inbox
 from realm_core.artifacts.keys import checkpoint_of, parse_key
 from realm_core.artifacts.manifest import read_manifest

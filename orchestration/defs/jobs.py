@@ -4,8 +4,11 @@ from typing import Any
 
 import dagster as dg
 
-from orchestration import trainer
-from realm_core.artifacts.store import Store
+from assets.partitions import REALM_CKPT
+from assets.reporting import stage_run
+from orchestration import refreshes, trainer, turn
+from realm_core.artifacts.publish import append_durably
+from realm_core.artifacts.store import Store, parse_key
 
 bootstrap = dg.define_asset_job(
     "bootstrap",
@@ -27,7 +30,7 @@ grow_corpus = dg.define_asset_job(
 )
 
 refresh_index = dg.define_asset_job(
-    "refresh_index",
+    refreshes.JOB,
     selection=dg.AssetSelection.assets("embedding_snapshot", "mips_index", "qa_eval", "promoted_index")
     | dg.AssetSelection.checks_for_assets("mips_index"),
     description="One checkpoint to one index version: embed, build, check, score, promote.",
@@ -58,4 +61,38 @@ def start_training() -> None:
     start_detached_trainer()
 
 
-ALL: list[Any] = [bootstrap, grow_corpus, refresh_index, finetune, start_training]
+@dg.op(pool="estimate")
+def compare_with_live(context: dg.OpExecutionContext, store: dg.ResourceParam[Store]) -> None:
+    """Embed a small sample with this checkpoint and with that of the live index; note how far their top k agree."""
+    from realm_core.evaluate.refresh_estimate import estimate_refresh as estimate
+    from realm_core.stages.questions import load
+
+    key = context.partition_key
+    run, step = parse_key(key)
+    with stage_run(context):
+        live = store.require_live()
+        index = store.path("indexes", live.index)
+        measures = estimate(
+            store.config(),
+            checkpoint=store.path("checkpoints", key),
+            live_index=index,
+            live_checkpoint=store.parent(index, "checkpoint"),
+            corpus=store.parent(index, "corpus"),
+            questions=[question.question for question in load(store.newest("questions"), "dev")],
+        )
+        about = {"checkpoint": key, "step": step, "live": live.index, "live_digest": live.index_digest}
+        append_durably(store.trainer(run) / turn.ESTIMATES, {**about, **measures})
+    metadata: dict[str, Any] = {**about, **{f"estimate/{name}": float(value) for name, value in measures.items()}}
+    context.log_event(dg.AssetObservation("realm_checkpoint", partition=key, metadata=metadata))
+
+
+@dg.job(
+    name=turn.ESTIMATE_JOB,
+    partitions_def=REALM_CKPT,
+    description="Policy drift: would a refresh of this checkpoint change what is retrieved?",
+)
+def estimate_refresh() -> None:
+    compare_with_live()
+
+
+ALL: list[Any] = [bootstrap, grow_corpus, refresh_index, finetune, start_training, estimate_refresh]

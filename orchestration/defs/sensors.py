@@ -1,37 +1,28 @@
-"""Sensors: one closes the loop, so that a new checkpoint is registered, reported, and refreshed; one buries dead runs."""
+"""The sensor that closes the loop: a new checkpoint is registered, reported, and, if the policy says so, refreshed."""
 
-import os
 from collections import defaultdict
-from pathlib import Path
 
 import dagster as dg
 
 from assets.checkpoint import checkpoint_event
 from assets.partitions import REALM_CKPT
-from orchestration import reaper
-from orchestration.defs.jobs import refresh_index
+from assets.settings import home_settings
+from orchestration import refreshes
+from orchestration.defs.jobs import estimate_refresh, refresh_index
+from orchestration.turn import Turn
 from realm_core.artifacts.store import Store, parse_key
-from realm_core.config import RefreshConfig
 from realm_core.errors import RealmError
 
 EVENTS_A_TICK = 50  # reporting costs some 15-70 ms a checkpoint; a first import of hundreds is spread over ticks
-UNDER_WAY = [
-    status
-    for status in dg.DagsterRunStatus
-    if status not in (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
-]
 
 
 def seconds_between_ticks() -> int:
     """`refresh.sensor_seconds` of the home these definitions are loaded for, or its default where there is none."""
-    try:
-        return Store(Path(os.environ["REALM_HOME"])).config().refresh.sensor_seconds
-    except (KeyError, RealmError):
-        return RefreshConfig().sensor_seconds
+    return home_settings().refresh.sensor_seconds
 
 
 @dg.sensor(
-    job=refresh_index,
+    jobs=[refresh_index, estimate_refresh],
     minimum_interval_seconds=seconds_between_ticks(),
     default_status=dg.DefaultSensorStatus.RUNNING,
 )
@@ -53,25 +44,19 @@ def checkpoint_sensor(
     new = [key for key in keys if key not in known]
     events = _events(context, store, [key for key in keys if key not in reported])
     asked = {parse_key(key)[0]: key for key in (context.cursor or "").split(",") if key}
-    requests = _requests(context, store, by_run, asked)
-    asked |= {parse_key(request.partition_key or "")[0]: request.partition_key or "" for request in requests}
-    if not (new or events or requests):
-        newest = ", ".join(group[-1] for group in by_run.values())
-        return dg.SkipReason(f"newest checkpoint: {newest}; each is asked for, settled, or waits for its run's refresh")
+    turn = Turn(store, context.instance, by_run, asked, context.log.warning).take()
+    for request in turn.requests:
+        if request.job_name == refreshes.JOB and request.partition_key:
+            run, _ = parse_key(request.partition_key)
+            asked[run] = max(asked.get(run, ""), request.partition_key)
+    if not (new or events or turn.requests or turn.events):
+        return dg.SkipReason("; ".join(turn.reasons))
     return dg.SensorResult(
-        run_requests=requests,
+        run_requests=turn.requests,
         dynamic_partitions_requests=[REALM_CKPT.build_add_request(new)] if new else [],
-        asset_events=events,
+        asset_events=[*events, *turn.events],
+        skip_reason=None if turn.requests else "; ".join(turn.reasons),
         cursor=",".join(asked.values()),
-    )
-
-
-@dg.sensor(minimum_interval_seconds=60, default_status=dg.DefaultSensorStatus.RUNNING)
-def dead_run_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-    """Report runs as failed whose process is gone; what they hold is then free, and Dagster tries them once more."""
-    dead = reaper.reap(context.instance)
-    return dg.SkipReason(
-        f"reported as failed: {', '.join(dead)}" if dead else "every run that is under way has a process"
     )
 
 
@@ -96,36 +81,4 @@ def _events(context: dg.SensorEvaluationContext, store: Store, unreported: list[
     return events
 
 
-def _requests(
-    context: dg.SensorEvaluationContext, store: Store, by_run: dict[str, list[str]], asked: dict[str, str]
-) -> list[dg.RunRequest]:
-    backlog = store.config().refresh.backlog
-    wanted = [
-        key
-        for run, group in by_run.items()
-        for key in (group if backlog == "all" else group[-1:])
-        if key > asked.get(run, "")
-        and not store.has("verdicts", key)
-        and not (store.is_pruned(key) or store.is_quarantined(key))
-    ]
-    if wanted and backlog == "newest":
-        busy = runs_being_refreshed(context.instance)
-        wanted = [key for key in wanted if parse_key(key)[0] not in busy]
-    requests = []
-    for key in wanted:
-        try:
-            run_key = f"refresh:{key}:{store.manifest('checkpoints', key).digest}"
-        except RealmError as problem:
-            context.log.warning(f"cannot be refreshed: {problem}")
-            continue
-        requests.append(dg.RunRequest(run_key=run_key, partition_key=key, tags={"realm/checkpoint": key}))
-    return requests
-
-
-def runs_being_refreshed(instance: dg.DagsterInstance) -> set[str]:
-    """Training runs with a refresh that is queued or running."""
-    under_way = instance.get_runs(dg.RunsFilter(job_name=refresh_index.name, statuses=UNDER_WAY))
-    return {run.tags.get("dagster/partition", "").rpartition("-s")[0] for run in under_way}
-
-
-ALL = [checkpoint_sensor, dead_run_sensor]
+ALL = [checkpoint_sensor]

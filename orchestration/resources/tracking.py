@@ -26,6 +26,7 @@ EXPERIMENT = "realm"
 RUN_TAG, HOME_TAG = "realm.run_id", "realm.home"
 _REGISTRY = "_registry"  # a spool file that no training run can have the name of
 _RETRY_SECONDS = 30.0  # how long rows are only spooled after the tracker failed
+_LOCK_SECONDS = 10.0  # a process that holds a lock and sleeps must not stop the others
 log = logging.getLogger(__name__)
 
 
@@ -41,6 +42,8 @@ class MlflowTracker:
         self._client: Any = None
         self._runs: dict[str, str] = {}
         self._down_until = 0.0
+        self._unwritten: dict[str, list[dict[str, Any]]] = {}
+        self._unwritten_before = False
 
     def sink(self, run: str) -> MetricSink:
         return _RunSink(self, run)
@@ -86,7 +89,9 @@ class MlflowTracker:
 
     def finish(self, run: str, status: str = "FINISHED") -> None:
         """Send what is spooled and end the MLflow run: FINISHED, FAILED, or KILLED if it can go on later."""
-        self._down_until = 0.0
+        self._down_until, self._unwritten_before = 0.0, False
+        if run in self._unwritten:
+            self._spool(run, [])
         self._flush(run)
         with suppress(Exception):
             self._client.set_terminated(self._run_id(run), status)
@@ -109,14 +114,23 @@ class MlflowTracker:
                 return
             except Exception as error:  # whatever a tracker or its transport raises must not reach training
                 self._note_failure(run, error)
-        try:
-            self.spool.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.spool / f".{run}.lock"), path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            log.warning("%s: a row of metrics is lost (%s)", path, error)
+        self._spool(run, [row])
         if waiting:
             self._flush(run)
+
+    def _spool(self, run: str, rows: list[dict[str, Any]]) -> None:
+        """Write rows to the spool file. While somebody who sleeps holds its lock they wait in memory, and nobody else does."""
+        path, rows = self.spool / f"{run}.jsonl", [*self._unwritten.pop(run, []), *rows]
+        patience = 0.0 if self._unwritten_before else _LOCK_SECONDS
+        try:
+            self.spool.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.spool / f".{run}.lock", timeout=patience), path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            self._unwritten_before = False
+        except Timeout:
+            self._unwritten[run], self._unwritten_before = rows, True
+        except OSError as error:
+            log.warning("%s: %d rows of metrics are lost (%s)", path, len(rows), error)
 
     def _flush(self, run: str) -> None:
         path = self.spool / f"{run}.jsonl"
@@ -156,7 +170,7 @@ class MlflowTracker:
             return self._runs[run]
         self.spool.mkdir(parents=True, exist_ok=True)
         # Trainer and refresh look for a run at the same time: unlocked, both would create it, and a new database too.
-        with FileLock(self.spool / ".runs.lock"):
+        with FileLock(self.spool / ".runs.lock", timeout=_LOCK_SECONDS):
             client = self._connect()
             experiment = client.get_experiment_by_name(EXPERIMENT)
             experiment_id = experiment.experiment_id if experiment else self._new_experiment(client)

@@ -24,9 +24,10 @@ from typing import Any
 from filelock import FileLock
 
 from realm_core.artifacts.keys import checkpoint_key, checkpoint_of, parse_key, require_run_name
+from realm_core.artifacts.lease import Lease
 from realm_core.artifacts.manifest import MANIFEST, PRUNED, QUARANTINED, Manifest, Plan, read_manifest
 from realm_core.artifacts.publish import append_durably, operator_error, read_json_lines, write_durably
-from realm_core.config import Config, config_from
+from realm_core.config import OPERATION, Config, config_from
 from realm_core.errors import ArtifactError, ConfigError
 
 __all__ = ["BY_CHECKPOINT", "PRUNED", "VERSIONED", "Live", "Store", "checkpoint_key", "parse_key", "require_run_name"]
@@ -70,7 +71,8 @@ class Store:
         """Create a home, or open it if it was made with the same settings and sources.
 
         Until a training run has begun, other settings and sources simply take the place of the first ones: what was made
-        from those stays as a version of its own. Later, raises ConfigError naming the first setting that differs.
+        from those stays as a version of its own. Later, only the sections of OPERATION may change, and a ConfigError names
+        the first other setting that differs.
         Raises ArtifactError if the folder cannot be written.
         """
         store = cls(home)
@@ -83,10 +85,9 @@ class Store:
         found = store._settings_if_any()
         if found == wanted:
             return store
-        if found and store.names("checkpoints"):
-            if difference := first_difference(found, wanted):
-                raise ConfigError(f"{home}: made with other settings: {difference}; pass them again or another --home")
-            return store
+        began = found if store.names("checkpoints") else None
+        if began and (difference := first_difference(_without_operation(began), _without_operation(wanted))):
+            raise ConfigError(f"{home}: made with other settings: {difference}; pass them again or another --home")
         try:
             home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -251,6 +252,15 @@ class Store:
     def trainer(self, run: str) -> Path:
         return self.home / "trainer" / require_run_name(run)
 
+    def training_lease(self, run: str) -> Lease:
+        """The one lease of a training run, whoever trains it: the detached trainer, a segment, or a command."""
+        settings, folder = self.config().supervise, self.trainer(run)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise operator_error(error, folder) from None
+        return Lease(folder / "lease.json", settings.heartbeat_seconds, settings.stale_seconds)
+
     # --- the pointer ---------------------------------------------------------------------------------------------
 
     def live(self) -> Live | None:
@@ -372,6 +382,12 @@ def _drop_files(folder: Path) -> None:
     for entry in folder.iterdir():
         if entry.name not in (MANIFEST, PRUNED, QUARANTINED):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _without_operation(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that may not change, with the defaults of keys that the version which wrote them did not know."""
+    config = config_from(settings["config"], where="home.json").model_dump(mode="json")
+    return {**settings, "config": {name: values for name, values in config.items() if name not in OPERATION}}
 
 
 def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str | None:

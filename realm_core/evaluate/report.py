@@ -56,6 +56,8 @@ class Report(TypedDict, total=False):
     qa: Mapping[str, Mapping[str, Any]]  # system -> recall_at_5, recall_at_20, exact_match
     dagster_home: str | None
     mlflow: Mapping[str, Any] | None  # tracking_uri, run_id
+    training: Mapping[str, Any] | None  # seconds, stalled_seconds, stalled_share
+    refreshes: Mapping[str, Any] | None  # medians: overhead_seconds, live_after_seconds
 
 
 # heading, key, kind; what both tables of the report show
@@ -174,6 +176,8 @@ def markdown(report: Mapping[str, Any], images: Sequence[str] = ()) -> str:
         lines += _markdown_table(drifts, _DRIFT_COLUMNS)
     if TRAINING in images:
         lines += ["## Training", "", f"![Loss, retrieval utility and index age over steps]({TRAINING})", ""]
+    if timing := _timing(report):
+        lines += ["## Timing", "", *(f"- {line}" for line in timing), ""]
     lines += ["## Where it came from", ""]
     origin = [("step", "step", "count"), ("index", "index_digest", "digest"), ("triggered by", "triggered_by", "text")]
     lines += _markdown_table(_versions(report), [*origin, ("Dagster run", "dagster_run_id", "text")])
@@ -185,6 +189,17 @@ def markdown(report: Mapping[str, Any], images: Sequence[str] = ()) -> str:
     ):
         lines += [f"- {name}: {_escape(_cell(value, 'text'))}"]
     return "\n".join(lines) + "\n"
+
+
+def _timing(report: Mapping[str, Any]) -> list[str]:
+    """What the loop cost beyond its work; a line for each number that is known."""
+    training, refreshes = report.get("training") or {}, report.get("refreshes") or {}
+    known = (
+        ("trainer stood still for refreshes and swaps: {:.2%} of its time", training.get("stalled_share")),
+        ("a refresh beyond embedding, building, checks and evaluation: {:.1f} s", refreshes.get("overhead_seconds")),
+        ("from a checkpoint on disk to its index live: {:.1f} s", refreshes.get("live_after_seconds")),
+    )
+    return [text.format(value) for text, found in known if (value := _number(found)) is not None]
 
 
 def _versions(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:

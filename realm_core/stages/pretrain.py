@@ -5,18 +5,20 @@ The one stage whose output is a series: each checkpoint is an artifact of its ow
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from realm_core.artifacts.keys import checkpoint_of
+from realm_core.artifacts.lease import Held
 from realm_core.artifacts.manifest import QUARANTINED, Manifest, Plan, open_artifact, read_manifest
 from realm_core.artifacts.publish import building, read_json_lines
 from realm_core.artifacts.store import Store, checkpoint_key, parse_key
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
-from realm_core.errors import ArtifactError, RealmError
+from realm_core.errors import ArtifactError, ConfigError, RealmError
 from realm_core.model.bundle import RealmModel
 from realm_core.model.device import resolve
 from realm_core.model.world import World
@@ -45,37 +47,49 @@ def run(
     sink: MetricSink,
     until: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    lease: Held | None = None,
 ) -> Manifest:
     """Train run `training_run` up to step `until` (the configured number by default); resumes from its newest checkpoint.
 
     `start` is an ICT checkpoint, or a REALM checkpoint that training with other settings goes on from, with a new optimiser.
-    Step 0 is a checkpoint of its own, equal to the start, so that the first index is made like every other.
+    Step 0 is a checkpoint of its own, equal to the start, so that the first index is made like every other; `until` is one
+    too, on the grid of `pretrain.checkpoint_every` or not. The whole takes place under the lease of the run: the caller's,
+    or one that is taken here.
     Several processes (see `stages.processes`) share every batch; the first one publishes, logs and is asked to stop.
-    Returns the manifest of the last checkpoint. Raises RealmError if no index goes live in time.
+    Returns the manifest of the last checkpoint. Raises BusyError if somebody else trains this run, RealmError if no index
+    goes live in time.
     """
     last = config.pretrain.steps if until is None else until
+    if last > config.pretrain.steps:
+        raise ConfigError(f"{training_run}: no step {last}; the run ends at pretrain.steps={config.pretrain.steps}")
+    with ExitStack() as until_the_end:
+        held = [lease] if lease else []
 
-    def begin() -> str:
-        if not store.checkpoints(training_run):
-            _publish_start(config, store, training_run, corpus, start)
-        key = store.checkpoints(training_run)[-1]
-        _require_not_collapsed(store, training_run, parse_key(key)[1])
-        return key
+        def begin() -> str:
+            if not held:  # the first process holds it for all
+                taken = store.training_lease(training_run).hold(f"a trainer of {training_run}", patience=1.0)
+                held.append(until_the_end.enter_context(taken))
+            if not store.checkpoints(training_run):
+                _publish_start(config, store, training_run, corpus, start)
+            key = store.checkpoints(training_run)[-1]
+            _require_not_collapsed(store, training_run, parse_key(key)[1])
+            return key
 
-    if (
-        not launched()
-        and (manifest := open_artifact(store.path("checkpoints", begin()), "pretrain")).facts["step"] >= last
-    ):
-        return manifest  # no process has to be started for it
-    job = {"home": str(store.home), "training_run": training_run, "corpus": str(corpus), "start": str(start)}
-    with world_of(config, "pretrain", **job, until=until) as world:
-        newest = store.path("checkpoints", world.lead(begin))
-        manifest = open_artifact(newest, "pretrain")
-        first = int(manifest.facts["step"])
-        if first >= last:
-            return manifest
-        _require_same_settings(newest, manifest, config)
-        return _Run(config, store, training_run, corpus, newest, sink, world).train(first, last, should_stop)
+        if (
+            not launched()
+            and (manifest := open_artifact(store.path("checkpoints", begin()), "pretrain")).facts["step"] >= last
+        ):
+            return manifest  # no process has to be started for it
+        job = {"home": str(store.home), "training_run": training_run, "corpus": str(corpus), "start": str(start)}
+        with world_of(config, "pretrain", **job, until=until) as world:
+            newest = store.path("checkpoints", world.lead(begin))
+            manifest = open_artifact(newest, "pretrain")
+            first = int(manifest.facts["step"])
+            if first >= last:
+                return manifest
+            _require_same_settings(newest, manifest, config)
+            share = _Run(config, store, training_run, corpus, newest, sink, world, held[0] if held else None)
+            return share.train(first, last, should_stop)
 
 
 class _Run:
@@ -90,9 +104,10 @@ class _Run:
         newest: Path,
         sink: MetricSink,
         world: World = _ALONE,
+        lease: Held | None = None,
     ) -> None:
         self.config, self.store, self.name, self.corpus, self.newest = config, store, name, corpus, newest
-        self.world = world
+        self.world, self.lease = world, lease
         self.folder = store.trainer(name)
         self.sink = FanOutSink(JsonLinesSink(self.folder / STEPS), sink) if world.leads else NullSink()
         self.device = resolve(config.runtime, shared=True, world=world)
@@ -113,11 +128,16 @@ class _Run:
         self.bar = Progress(f"pretrain {name}", config.pretrain.steps)
 
     def train(self, first: int, last: int, should_stop: Callable[[], bool]) -> Manifest:
-        self.since = first
+        self.since, self.last = first, last
+
+        def ends() -> bool:
+            self._require_lease()  # before a swap or a row of the log is written that would be the successor's
+            return should_stop()
+
         rows = self.world.lead(lambda: read_json_lines(self.folder / STEPS))
         self.follower.resume(first, max((row["step"] for row in rows), default=first))
         self._remember({row["step"]: row for row in rows if row["step"] <= first})
-        if self.follower.wait_for_first(self.config.pretrain.index_wait_seconds, should_stop):
+        if self.follower.wait_for_first(self.config.pretrain.index_wait_seconds, ends):
             try:
                 run_steps(
                     self.trainer,
@@ -125,9 +145,10 @@ class _Run:
                     last,
                     index_at=self.follower.at,
                     after=self._after_step,
-                    should_stop=lambda: self.world.some(should_stop()),
+                    should_stop=lambda: self.world.some(ends()),
                 )
             except CollapseError as problem:
+                self._require_lease()
                 advice = self.world.lead(lambda: self._fall_back(str(problem)))  # all processes saw the same numbers
                 raise RealmError(f"{problem}; {advice}") from None
             except DivergedError as problem:
@@ -163,7 +184,7 @@ class _Run:
         self.guard.observe(done, metrics)
         if self.world.leads:
             self.bar.update(done, f"loss {metrics.get('loss', float('nan')):.3f} age {metrics['index_age']:.0f}")
-        if done % self.config.pretrain.checkpoint_every == 0 or done == self.config.pretrain.steps:
+        if done % self.config.pretrain.checkpoint_every == 0 or done == self.last:
             self._publish(done)
 
     def _publish(self, step: int) -> None:
@@ -193,8 +214,13 @@ class _Run:
             seconds = sum(row["seconds"] for row in self.window)
             stalled = sum(row["stall_seconds"] for row in self.window)
             record = {"train_seconds": seconds, "stall_seconds": stalled, "processes": self.world.size}
+            self._require_lease()
             build.commit(facts, record=record)
         self.store.prune_checkpoints(self.name, self.config.pretrain.keep, spare=self._worth_keeping())
+
+    def _require_lease(self) -> None:
+        if self.lease is not None:  # the first process holds it for the others
+            self.lease.require_newest()
 
     def _worth_keeping(self) -> set[str]:
         """The start, which is the ICT-only baseline, the checkpoint with the highest retrieval utility, and those whose

@@ -1,5 +1,6 @@
 """Assets materialised in this process against a real small home: what Dagster is told is what the manifests say."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,6 +223,36 @@ def test_a_partition_of_realm_checkpoint_trains_the_segment_up_to_its_step(world
     assert data_version(world.newest_event("realm_checkpoint", "r1-s0000004")) == manifest.digest
     assert manifest.parents["live_index"] == world.store.require_live().index_digest
     assert world.store.checkpoints("r1") == [START, "r1-s0000004"]
+
+
+def test_segments_and_a_long_trainer_in_turns_leave_what_one_of_them_alone_does(world: World, tmp_path: Path) -> None:
+    assert world.materialise(*REFRESH, key=START).success
+    alone = Store(Path(shutil.copytree(world.store.home, tmp_path / "alone")))
+    worlds.train(alone, "r1", 12)
+    assert world.materialise("realm_checkpoint", key="r1-s0000004").success
+    worlds.train(world.store, "r1", 8)  # the body of the long trainer
+    assert world.materialise("realm_checkpoint", key="r1-s0000012").success
+    for key in alone.names("checkpoints"):
+        assert world.store.manifest("checkpoints", key).digest == alone.manifest("checkpoints", key).digest
+
+
+def test_a_segment_may_end_anywhere_and_the_next_one_goes_on_from_there(world: World) -> None:
+    assert world.materialise(*REFRESH, key=START).success
+    for key in ("r1-s0000003", "r1-s0000006"):
+        assert world.materialise("realm_checkpoint", key=key).success
+    assert world.store.names("checkpoints") == [START, "r1-s0000003", "r1-s0000004", "r1-s0000006"]
+    result = world.materialise("realm_checkpoint", key="r1-s0000005")
+    assert "the run is at r1-s0000006 already and left none there" in failures(result)["realm_checkpoint"]
+    result = world.materialise("realm_checkpoint", key="r1-s0000013")
+    assert "the run ends at pretrain.steps=12" in failures(result)["realm_checkpoint"]
+
+
+def test_a_segment_waits_for_no_trainer_and_trains_beside_none(world: World) -> None:
+    assert world.materialise(*REFRESH, key=START).success
+    with world.store.training_lease("r1").hold("a trainer of r1", by="the detached trainer"):
+        result = world.materialise("realm_checkpoint", key="r1-s0000004")
+    assert "a trainer of r1 already runs as process" in failures(result)["realm_checkpoint"]
+    assert world.store.names("checkpoints") == [START]
 
 
 def test_a_reader_is_tuned_and_scored_on_one_index_version(world: World) -> None:

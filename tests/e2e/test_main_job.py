@@ -31,6 +31,7 @@ def test_the_report_has_the_promised_keys_and_tells_one_story(finished: tuple[Ho
         "dagster_home",
         "mlflow",
         "training",
+        "refreshes",
     }
     for version in report["index_versions"]:
         assert set(version) == {
@@ -70,6 +71,8 @@ def test_the_sensor_caused_every_refresh_and_the_trainer_swapped_while_it_ran(
     assert {version["verdict"] for version in versions} == {"passed"}
     assert len(report["swaps"]) >= 2
     assert report["training"]["stalled_seconds"] < report["training"]["seconds"]
+    assert report["refreshes"]["measured"] == len(versions)
+    assert 0 < report["refreshes"]["overhead_seconds"] < report["refreshes"]["live_after_seconds"]
 
 
 def test_runs_partitions_and_checks_are_in_dagsters_event_log(finished: tuple[Home, dict[str, Any]]) -> None:

@@ -1,22 +1,24 @@
 """A lease belongs to one process and is free the moment that process dies."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from orchestration.lease import UNSIGNED, Lease
+from realm_core.artifacts.lease import HERE, UNSIGNED, Lease
 from realm_core.errors import ArtifactError, BusyError
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from orchestration.lease import Lease
+from realm_core.artifacts.lease import Lease
 lease = Lease(Path(sys.argv[1]))
 lease.sign(lease.take("a holder"), os.getpid())
 print("held", flush=True)
@@ -54,7 +56,7 @@ def test_a_holder_whose_owner_was_killed_is_an_orphan(tmp_path: Path) -> None:
     code = f"""
 import subprocess, sys, time
 from pathlib import Path
-from orchestration.lease import Lease
+from realm_core.artifacts.lease import Lease
 lease = Lease(Path({str(path)!r}))
 held = lease.take("a holder")
 child = subprocess.Popen(["sleep", "600"], pass_fds=[held])
@@ -138,3 +140,84 @@ def test_onlookers_neither_see_each_other_nor_keep_a_taker_out(tmp_path: Path) -
     for looker in lookers:
         looker.join()
     os.close(held)
+
+
+# --- heartbeats and tokens ---------------------------------------------------------------------------------------------
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_holder_shows_place_token_and_a_heart_that_beats(tmp_path: Path) -> None:
+    lease = Lease(tmp_path / "lease.json", heartbeat_seconds=0.01)
+    with lease.hold("a holder", by="the test") as held:
+        first = lease.state()
+        assert first is not None and first.heartbeat is not None
+        assert (first.pid, first.host, first.by, first.token) == (os.getpid(), HERE, "the test", 1)
+        wait_for(lambda: lease.state().heartbeat > first.heartbeat)  # type: ignore[union-attr, operator]
+        held.require_newest()
+    assert lease.state() is None
+    with lease.hold("the next") as held:
+        assert held.token == 2
+
+
+def test_tokens_grow_over_deaths_and_over_a_lease_file_that_was_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    code = HOLD.replace('lease.sign(lease.take("a holder"), os.getpid())', 'held = lease.hold("a holder")')
+    sleeper = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert sleeper.stdout is not None and sleeper.stdout.readline() == "held\n"
+        path.unlink()  # and with it what the lock is on
+        with Lease(path).hold("a successor") as successor:
+            assert successor.token == 2
+            successor.require_newest()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    path.write_text('{"torn')
+    with Lease(path).hold("the third") as third:
+        assert third.token == 3
+
+
+def test_a_holder_that_was_replaced_is_told_and_leaves_the_file_to_its_successor(tmp_path: Path) -> None:
+    lease = Lease(tmp_path / "lease.json", heartbeat_seconds=0.01)
+    with lease.hold("a holder") as held:
+        lease.token_path.write_text("2\n")
+        other = json.dumps({"pid": 7, "host": "elsewhere", "heartbeat": time.time(), "token": 2})
+        wait_for(lambda: not held._thread.is_alive())
+        lease.path.write_text(other)
+        with pytest.raises(BusyError, match="had token 1 and token 2 was given to another"):
+            held.require_newest()
+    assert lease.path.read_text() == other
+
+
+@pytest.mark.parametrize(("age", "free"), [(0.0, False), (100.0, False), (130.0, True), (-1e6, False)])
+def test_a_holder_on_another_machine_counts_as_long_as_its_heart_beats(tmp_path: Path, age: float, free: bool) -> None:
+    lease = Lease(tmp_path / "lease.json", stale_seconds=120.0)
+    there = {"pid": 7, "host": "elsewhere", "heartbeat": time.time() - age, "token": 4}
+    lease.path.write_text(json.dumps(there))
+    assert lease.holder() == (None if free else 7)
+    assert lease.orphan() is None
+    if free:
+        with lease.hold("a holder here") as held:
+            assert held.token == 5
+    else:
+        with pytest.raises(
+            BusyError, match=r"already runs as process 7 of elsewhere, heartbeat \d+ s ago; stop it there"
+        ):
+            lease.hold("a holder here", patience=0)
+        assert json.loads(lease.path.read_text()) == there
+
+
+def test_a_holder_elsewhere_that_let_go_is_gone_at_once(tmp_path: Path) -> None:
+    lease = Lease(tmp_path / "lease.json")
+    lease.hold("a holder").release()
+    content = json.loads(lease.path.read_text())
+    lease.path.write_text(json.dumps({**content, "host": "elsewhere"}))
+    assert lease.state() is None
+    with lease.hold("the next") as held:
+        assert held.token == 2

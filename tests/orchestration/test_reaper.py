@@ -13,7 +13,7 @@ from dagster import DagsterRunStatus
 from dagster._core.events import EngineEventData
 
 from orchestration import reaper
-from orchestration.defs.sensors import dead_run_sensor
+from orchestration.defs.watch import dead_run_sensor
 
 
 @pytest.fixture

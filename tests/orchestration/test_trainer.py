@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 from orchestration import trainer
-from orchestration.lease import Lease
 from orchestration.report import steps_of
 from realm_core.artifacts.publish import read_json_lines
 from realm_core.artifacts.store import Store
@@ -119,7 +118,7 @@ def test_a_second_start_is_a_no_op_and_the_stop_file_ends_the_first(waiting: Sto
     assert process is not None
     assert "already runs" in trainer.start(home, "r1")
     with pytest.raises(BusyError):
-        Lease(waiting.trainer("r1") / trainer.LEASE).take("another trainer", patience=0)
+        waiting.training_lease("r1").take("another trainer", patience=0)
     assert [found.pid for found in of_home(home)] == [process]
     assert os.getsid(process) == process  # a session of its own: a terminal's Ctrl-C does not reach it
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from realm_core.artifacts.manifest import MANIFEST, Manifest, file_sha256, read_manifest
 from realm_core.artifacts.publish import read_json_lines
 from realm_core.artifacts.store import Store, checkpoint_key
-from realm_core.errors import ArtifactError, GateError, RealmError
+from realm_core.errors import ArtifactError, BusyError, ConfigError, GateError, RealmError
 from realm_core.model.bundle import EMBEDDER, ENCODER
 from realm_core.ports import MemorySink, MetricSink, NullSink
 from realm_core.stages import pretrain, promote
@@ -114,9 +114,58 @@ def test_every_step_leaves_a_row_with_the_age_of_its_index(uninterrupted: Store)
 
 
 def test_a_run_in_parts_is_the_run_in_one_go_to_the_last_bit(home: Store, uninterrupted: Store) -> None:
-    for until in (8, 9, 12):
+    for until in (8, 12):
         train(home, until=until)
     assert digests(home) == digests(uninterrupted)
+
+
+def test_a_part_that_ends_between_checkpoints_leaves_one_there_and_changes_no_weight(
+    home: Store, uninterrupted: Store
+) -> None:
+    between = checkpoint_key("r1", 9)
+    assert train(home, until=9).facts["step"] == 9
+    assert home.names("checkpoints")[-1] == between
+    train(home)
+    for step in (8, 12):
+        key = checkpoint_key("r1", step)
+        assert home.manifest("checkpoints", key).files == uninterrupted.manifest("checkpoints", key).files
+    assert home.manifest("checkpoints", LAST).parents["parent"] == home.manifest("checkpoints", between).digest
+
+
+def test_a_step_beyond_the_last_one_is_refused(home: Store) -> None:
+    with pytest.raises(ConfigError, match=r"r1: no step 13; the run ends at pretrain\.steps=12"):
+        train(home, until=13)
+
+
+def test_a_run_that_somebody_trains_is_refused_and_left_alone(home: Store) -> None:
+    before = digests(home)
+    with (
+        home.training_lease("r1").hold("a trainer of r1"),
+        pytest.raises(BusyError, match="a trainer of r1 already runs"),
+    ):
+        train(home)
+    assert digests(home) == before
+    train(home, until=8)
+    assert home.training_lease("r1").token() == 4  # two of the fixture, the one above, and this one
+    assert home.training_lease("r1").state() is None
+
+
+def test_a_trainer_that_was_given_up_for_dead_publishes_nothing_more(home: Store) -> None:
+    """Its successor on another machine has the next token; the one that slept wakes up in the middle of a segment."""
+    before = digests(home)
+
+    class Successor(MemorySink):
+        def log(self, step: int, values: Any) -> None:
+            super().log(step, values)
+            if step == 6:
+                lease.token_path.write_text(f"{lease.token() + 1}\n")
+
+    lease, sink = home.training_lease("r1"), Successor()
+    with pytest.raises(BusyError, match="had token 3 and token 4 was given to another, which has taken over"):
+        train(home, sink)
+    assert digests(home) == before
+    assert sink.rows[-1][0] == 6  # not one step more
+    assert [row["step"] for row in read_json_lines(home.trainer("r1") / pretrain.STEPS)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_second_run_of_another_name_is_the_same_run(home: Store, uninterrupted: Store) -> None:

@@ -1,0 +1,98 @@
+"""Sensors that look after what is there: trainers, runs whose process is gone, failed refreshes, and the live pointer."""
+
+import json
+from typing import Any
+
+import dagster as dg
+
+from assets.checkpoint import LIVE_POINTER
+from assets.serving import pointer_event
+from assets.settings import home_settings
+from orchestration import journal, pointer_watch, reaper, refreshes, supervisor
+from orchestration.defs.jobs import refresh_index
+from realm_core.artifacts.store import Store
+
+_SECONDS = home_settings().refresh.sensor_seconds
+_MINUTE = min(60, 4 * _SECONDS)  # what nobody waits for
+
+
+@dg.sensor(minimum_interval_seconds=_SECONDS, default_status=dg.DefaultSensorStatus.RUNNING)
+def trainer_health_sensor(
+    context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
+) -> dg.SensorResult | dg.SkipReason:
+    """Start dead trainers again from their last checkpoint, `supervise.max_restarts` times; then an alert.
+
+    One that was stopped on request, or that ended with an error only a person can mend, is not started again.
+    """
+    beats = json.loads(context.cursor or "{}")
+    found = [supervisor.tend(store, run, beats) for run in store.runs()]
+    context.update_cursor(json.dumps(beats))
+    news = [finding for finding in found if finding.news]
+    if not news:
+        return dg.SkipReason(
+            "; ".join(f"{each.run} {each.state}: {each.message}" for each in found) or "no training run"
+        )
+    for finding in news:
+        context.log.warning(f"{finding.run} {finding.state}: {finding.message}")
+    return dg.SensorResult(asset_events=[_training_event(finding) for finding in news], cursor=json.dumps(beats))
+
+
+@dg.sensor(minimum_interval_seconds=_MINUTE, default_status=dg.DefaultSensorStatus.RUNNING)
+def dead_run_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+    """Report runs as failed whose process is gone; what they hold is then free, and Dagster tries them once more."""
+    dead = reaper.reap(context.instance)
+    return dg.SkipReason(
+        f"reported as failed: {', '.join(dead)}" if dead else "every run that is under way has a process"
+    )
+
+
+@dg.sensor(minimum_interval_seconds=_MINUTE, default_status=dg.DefaultSensorStatus.RUNNING)
+def pointer_sensor(
+    context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
+) -> dg.SensorResult | dg.SkipReason:
+    """Observe the live pointer: whoever moved it, and with an alert if that was not a promotion."""
+    found = pointer_watch.look(store)
+    if found.problem is None and found.live is not None:
+        if pointer_watch.observed(context.instance, found.live):
+            return dg.SkipReason(f"{found.live.index} is live, generation {found.live.generation}, and was observed")
+        return dg.SensorResult(asset_events=[pointer_event(found.live)], cursor="")
+    if found.problem is None:
+        return dg.SkipReason("no index is live yet")
+    if context.cursor == found.problem:
+        return dg.SkipReason(f"told before: {found.problem}")
+    context.log.error(found.problem)
+    journal.alert(store, "pointer", "live.json", found.problem)
+    event = dg.AssetObservation(LIVE_POINTER, description=found.problem, metadata={"problem": found.problem})
+    return dg.SensorResult(asset_events=[event], cursor=found.problem)
+
+
+@dg.run_failure_sensor(
+    monitored_jobs=[refresh_index],
+    minimum_interval_seconds=_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+)
+def refresh_failure_sensor(context: dg.RunFailureSensorContext, store: dg.ResourceParam[Store]) -> dg.SkipReason:
+    """Record why a refresh failed, and what is still live."""
+    run = context.dagster_run
+    key = run.tags.get("dagster/partition", "?")
+    error, said = refreshes.failure(context.instance, run.run_id)
+    why = said or context.failure_event.message or "its process died"
+    live = store.live()
+    facts: dict[str, Any] = {"run_id": run.run_id, "error": error, "live": live.index if live else None}
+    journal.decide(store, key, None, "failed", why, **facts)
+    metadata = {"failed": why, "run": run.run_id, "still_live": live.index if live else "nothing"}
+    context.instance.report_runless_asset_event(dg.AssetObservation("mips_index", partition=key, metadata=metadata))
+    return dg.SkipReason(f"{key}: {why}; {metadata['still_live']} stays live")
+
+
+def _training_event(finding: supervisor.Finding) -> dg.AssetObservation:
+    metadata: dict[str, Any] = {
+        "run": finding.run,
+        "trainer": finding.state,
+        "restarts": finding.restarts,
+        "message": finding.message,
+    }
+    return dg.AssetObservation("realm_checkpoint", description=finding.message, metadata=metadata)
+
+
+ALL = [trainer_health_sensor, dead_run_sensor, pointer_sensor, refresh_failure_sensor]

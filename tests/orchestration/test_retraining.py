@@ -1,0 +1,120 @@
+"""A new training run by the calendar: only if something changed, and never two at once."""
+
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from orchestration import retraining
+from orchestration.defs import schedules
+from orchestration.defs.jobs import bootstrap
+from realm_core.artifacts.store import Store
+from realm_core.config import Config
+from realm_core.ports import NullSink
+from realm_core.stages import CODE, corpus
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as made:
+        yield made
+
+
+def tick(store: Store, instance: dg.DagsterInstance) -> Any:
+    when = datetime.datetime(2030, 1, 6, 3, tzinfo=datetime.UTC)
+    context = dg.build_schedule_context(instance=instance, scheduled_execution_time=when, resources={"store": store})
+    return schedules.retrain_schedule(context)
+
+
+def add_a_document(store: Store) -> None:
+    """The source changes, later than everything that was made of it."""
+    path = store.home.parent / "grown.jsonl"
+    row = {"id": "new", "title": "New", "text": "Nobody knew this before. It happened in 1987 in Bern."}
+    path.write_bytes(store.source("corpus").read_bytes() + json.dumps(row).encode() + b"\n")
+    values = store.settings()
+    values["sources"]["corpus"] = str(path)
+    (store.home / "home.json").write_text(json.dumps(values))
+
+
+def test_nothing_changed_is_the_reason_for_no_new_run(store: Store, instance: dg.DagsterInstance) -> None:
+    assert tick(store, instance).skip_message == "neither corpus nor code changed since r1 began"
+
+
+def test_a_file_that_was_touched_and_says_the_same_is_no_change(store: Store) -> None:
+    now = datetime.datetime.now(datetime.UTC).timestamp()
+    os.utime(store.source("corpus"), (now + 60, now + 60))
+    assert retraining.due(store).run is None
+
+
+def test_a_changed_source_starts_the_next_run_with_new_inputs_first(
+    store: Store, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_a_document(store)
+    request = tick(store, instance)
+    assert isinstance(request, dg.RunRequest)
+    assert request.run_key == "retrain:r2"
+    assert request.tags["realm/retrain"] == "r2"
+    assert request.tags["realm/reason"] == "since r1: grown.jsonl changed"
+    assert tick(store, instance).run_key == request.run_key  # a replayed tick
+
+
+def test_a_new_version_of_the_corpus_is_a_change(store: Store) -> None:
+    add_a_document(store)
+    corpus.run(store.config(), source=store.source("corpus"), out=store.path("corpus", "v0002"), sink=NullSink())
+    assert retraining.due(store) == retraining.Due("r2", "since r1: corpus v0002 is new")
+
+
+def test_other_code_is_a_change(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = CODE["pretrain"]
+    monkeypatch.setitem(CODE, "pretrain", "99")
+    assert retraining.due(store).reason == f"since r1: code of pretrain {before} became 99"
+
+
+def test_a_run_that_is_still_being_trained_is_not_overtaken(store: Store, instance: dg.DagsterInstance) -> None:
+    add_a_document(store)
+    with store.training_lease("r1").hold("a trainer of r1"):
+        assert tick(store, instance).skip_message == "r1 is still being trained"
+    assert retraining.due(store).run == "r2"
+
+
+def test_without_a_first_run_there_is_nothing_to_repeat(empty_store: Store, instance: dg.DagsterInstance) -> None:
+    assert "no training run has begun yet" in tick(empty_store, instance).skip_message
+
+
+def test_names_somebody_chose_and_runs_that_never_began_do_not_confuse_the_count(store: Store) -> None:
+    add_a_document(store)
+    for name in ("r7", "ablation"):
+        store.trainer(name).mkdir(parents=True)
+    assert retraining.due(store).run == "r8"  # r7 is taken, and r1 the last that began
+
+
+@pytest.mark.parametrize(("tags", "run"), [({"realm/retrain": "r2"}, "r2"), ({}, None)])
+def test_the_trainer_starts_when_the_inputs_are_there_and_only_then(
+    instance: dg.DagsterInstance, tags: dict[str, str], run: str | None
+) -> None:
+    @dg.job(name=bootstrap.name)
+    def inputs() -> None:
+        pass
+
+    result = inputs.execute_in_process(instance=instance, tags=tags)
+    context = dg.build_run_status_sensor_context(
+        sensor_name="retrain_sensor",
+        dagster_instance=instance,
+        dagster_run=result.dagster_run,
+        dagster_event=result.get_run_success_event(),
+    )
+    found = schedules.retrain_sensor(context)
+    if run is None:
+        assert isinstance(found, dg.SkipReason)
+    else:
+        assert found.run_config == {"ops": {"start_detached_trainer": {"config": {"run": "r2"}}}}
+        assert found.run_key == "retrain:r2"
+
+
+def test_the_schedule_is_off_unless_a_cron_is_set() -> None:
+    assert Config().retrain.cron is None
+    assert schedules.retrain_schedule.default_status == dg.DefaultScheduleStatus.STOPPED

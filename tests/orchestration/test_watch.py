@@ -1,0 +1,156 @@
+"""The sensors that look at the pointer and at failed refreshes."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from assets.checkpoint import LIVE_POINTER
+from orchestration import journal
+from orchestration.defs import watch
+from orchestration.defs.jobs import refresh_index
+from realm_core.artifacts.publish import append_durably
+from realm_core.artifacts.store import Store
+from tests.orchestration import worlds
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as made:
+        yield made
+
+
+def index(store: Store, key: str) -> str:
+    """An index of which there is a manifest and nothing more; its digest."""
+    values = {"stage": "index", "code": "1", "config_digest": key, "parents": {}, "sources": {}, "files": {}}
+    worlds.write_manifest(store.path("indexes", key), values)
+    return store.manifest("indexes", key).digest
+
+
+@pytest.fixture
+def live(empty_store: Store) -> Store:
+    """A home whose pointer moved twice."""
+    for step in (0, 4):
+        key = f"r1-s{step:07d}"
+        empty_store.move_live(key, index(empty_store, key), "c" * 64, "a promotion", None)
+    return empty_store
+
+
+def tick(store: Store, instance: dg.DagsterInstance, cursor: str | None = None) -> Any:
+    """One look; what it returns is told to Dagster."""
+    context = dg.build_sensor_context(instance=instance, cursor=cursor, resources={"store": store})
+    result = watch.pointer_sensor(context)
+    if isinstance(result, dg.SensorResult):
+        for event in result.asset_events:
+            instance.report_runless_asset_event(event)
+    return result
+
+
+def edit(store: Store, **values: Any) -> None:
+    path = store.home / "live.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_promotion_is_observed_once_whoever_made_it(live: Store, instance: dg.DagsterInstance) -> None:
+    (event,) = tick(live, instance).asset_events
+    assert event.asset_key == LIVE_POINTER
+    assert event.metadata["index"].value == "r1-s0000004" and event.metadata["generation"].value == 2
+    assert "was observed" in tick(live, instance).skip_message
+    live.move_live("r1-s0000000", live.manifest("indexes", "r1-s0000000").digest, "c" * 64, "a roll-back", None)
+    (event,) = tick(live, instance).asset_events
+    assert event.metadata["reason"].value == "a roll-back"
+    assert journal.alerts(live) == []
+
+
+def test_nothing_live_yet_is_a_reason_for_silence(empty_store: Store, instance: dg.DagsterInstance) -> None:
+    assert tick(empty_store, instance).skip_message == "no index is live yet"
+
+
+@pytest.mark.parametrize(
+    "hand", ["another index", "an index that is gone", "another digest", "torn", "removed", "a word"]
+)
+def test_a_pointer_that_no_promotion_moved_is_an_alert_told_once(
+    live: Store, instance: dg.DagsterInstance, hand: str
+) -> None:
+    first = live.manifest("indexes", "r1-s0000000").digest
+    match hand:
+        case "another index":
+            edit(live, index="r1-s0000000", index_digest=first)
+            text = "r1-s0000000 was not made live by a promotion: somebody edited it"
+        case "an index that is gone":
+            edit(live, index="r1-s0000099")
+            text = "names an index that cannot be read"
+        case "another digest":
+            edit(live, index_digest=first)
+            text = f"says r1-s0000004 has digest {first[:12]}"
+        case "torn":
+            (live.home / "live.json").write_text('{"index')
+            text = "live.json: damaged"
+        case "removed":
+            (live.home / "live.json").unlink()
+            text = "live.json: gone, r1-s0000004 was live"
+        case _:
+            edit(live, reason="because I can")
+            text = "somebody edited it"
+    result = tick(live, instance)
+    (event,) = result.asset_events
+    assert text in event.description
+    (alert,) = journal.alerts(live)
+    assert alert["kind"] == "pointer" and text in alert["message"]
+    assert "told before" in tick(live, instance, result.cursor).skip_message
+    assert len(journal.alerts(live)) == 1
+
+
+def test_a_pointer_that_was_mended_is_observed_and_the_next_hand_is_told_anew(
+    live: Store, instance: dg.DagsterInstance
+) -> None:
+    good = (live.home / "live.json").read_text()
+    edit(live, reason="by hand")
+    cursor = tick(live, instance).cursor
+    (live.home / "live.json").write_text(good)
+    result = tick(live, instance, cursor)
+    assert isinstance(result, dg.SensorResult) and result.cursor == ""
+    edit(live, reason="by hand")
+    tick(live, instance, result.cursor)
+    assert len(journal.alerts(live)) == 2
+
+
+def test_a_crash_between_history_and_pointer_is_not_somebodys_hand(live: Store, instance: dg.DagsterInstance) -> None:
+    last = json.loads((live.home / "live.history.jsonl").read_text().splitlines()[-1])
+    append_durably(live.home / "live.history.jsonl", {**last, "generation": 3})
+    assert isinstance(tick(live, instance), dg.SensorResult)
+    assert journal.alerts(live) == []
+
+
+@dg.op
+def broken() -> None:
+    raise dg.Failure("the disk is full", metadata={"error": "ArtifactError"}, allow_retries=False)
+
+
+@dg.job(name=refresh_index.name)
+def failing() -> None:
+    broken()
+
+
+def test_a_failed_refresh_is_recorded_with_its_reason_and_what_stays_live(
+    live: Store, instance: dg.DagsterInstance
+) -> None:
+    tags = {"dagster/partition": "r1-s0000008"}
+    result = failing.execute_in_process(instance=instance, raise_on_error=False, tags=tags)
+    context = dg.build_run_status_sensor_context(
+        sensor_name="refresh_failure_sensor",
+        dagster_instance=instance,
+        dagster_run=result.dagster_run,
+        dagster_event=result.get_run_failure_event(),
+        resources={"store": live},
+    ).for_run_failure()
+    said = watch.refresh_failure_sensor(context)
+    assert said.skip_message == "r1-s0000008: the disk is full; r1-s0000004 stays live"
+    (row,) = journal.decisions(live)
+    assert (row["decision"], row["reason"], row["error"]) == ("failed", "the disk is full", "ArtifactError")
+    assert (row["live"], row["run_id"]) == ("r1-s0000004", result.run_id)
+    (record,) = instance.fetch_observations(dg.AssetKey("mips_index"), limit=5).records
+    assert record.partition_key == "r1-s0000008"
+    assert record.asset_observation.metadata["still_live"].value == "r1-s0000004"
