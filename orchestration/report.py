@@ -99,14 +99,11 @@ def refreshes(store: Store, instance: dg.DagsterInstance, keys: list[str]) -> di
     promoted = {live.index: live.promoted_at for live in store.live_history()}
     overheads, waits = [], []
     for key in keys:
-        stages = [
-            store.manifest(kind, key).record
-            for kind in ("snapshots", "indexes", "verdicts", "evaluations")
-            if store.has(kind, key)
-        ]
+        kinds = ("snapshots", "indexes", "drifts", "verdicts", "evaluations")
+        stages = [store.manifest(kind, key).record for kind in kinds if store.has(kind, key)]
         ran = instance.get_run_record_by_id(str(stages[-1].get("dagster_run_id")))
         # Where a second run did the rest, the stages were shared between two: neither tells what one refresh costs.
-        whole = len(stages) == 4 and len({record.get("dagster_run_id") for record in stages}) == 1
+        whole = store.has("evaluations", key) and len({record.get("dagster_run_id") for record in stages}) == 1
         if whole and ran is not None and ran.start_time and ran.end_time:
             overheads.append(ran.end_time - ran.start_time - sum(record["seconds"] for record in stages))
         if key in promoted:

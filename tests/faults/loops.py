@@ -28,7 +28,7 @@ SETTINGS = (
     "supervise.max_restarts=1000",
     "supervise.heartbeat_seconds=1",
     "supervise.stale_seconds=60",
-    "refresh.max_attempts=20",
+    "refresh.max_attempts=1000",
 )
 RUN = "r1"
 RUN_WORKER = "--multiprocessing-fork"  # the code server forks off what executes a run
@@ -91,7 +91,7 @@ class Loop:
         victims["everything"] = [process for group in victims.values() for process in group]
         there = [name for name, group in victims.items() if group]
         # A refresh lasts seconds where a trainer and a daemon last for ever: it is hit when there is one.
-        kind = "refresh" if "refresh" in there and self.rng.random() < 0.5 else self.rng.choice(there or ["nothing"])
+        kind = "refresh" if "refresh" in there and self.rng.random() < 0.3 else self.rng.choice(there or ["nothing"])
         for process in victims.get(kind, []):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -113,6 +113,11 @@ class Loop:
         while not condition():
             assert time.monotonic() < deadline, what
             self.watch(0.5)
+
+    def breathe(self) -> None:
+        """Nobody kills until the pointer has moved once: what is killed next has got somewhere."""
+        moves = len(self.store.live_history())
+        self.until(lambda: len(self.store.live_history()) > moves, "no index goes live although nobody kills")
 
     def settle(self) -> str:
         """Nobody kills any more: training goes on, is ended on request, and its last checkpoint goes live."""

@@ -27,8 +27,10 @@ def test_whatever_is_killed_nothing_torn_is_live_no_checkpoint_is_lost_and_the_n
 ) -> None:
     began = time.monotonic()
     loop.begin()
-    for _ in range(KILLS):
-        loop.watch(loop.rng.uniform(0.5, 20.0))
+    for number in range(KILLS):
+        if number % 10 == 9:
+            loop.breathe()
+        loop.watch(loop.rng.uniform(0.5, 15.0))
         loop.kill()
     loop.require_whole(loop.settle())
     with capsys.disabled():
