@@ -11,13 +11,14 @@ from typing import Annotated
 
 import typer
 
-from realm_core import cli, cli_versions
+from realm_core import cli, cli_growth, cli_versions
 from realm_core.cli_options import HOME, AsJson, Home, Params, Profile, Set
 from realm_core.config import settings_for_command
 
 app = cli.app
 train_app = typer.Typer(help="The detached trainer of a home.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
+cli_growth.announce.append(lambda home: _announce(home))  # what it needs takes seconds to import
 RunName = Annotated[str, typer.Option(help="Name of the training run.")]
 
 
@@ -168,6 +169,12 @@ def train_status(home: Home = HOME, run: RunName = "r1", as_json: AsJson = False
 
     found = status.of(Store.open(home), run)
     print(json.dumps(found) if as_json else status.text(found))
+
+
+def _announce(home: Path) -> dict[str, str]:
+    from orchestration import pointer
+
+    return pointer.announce(home)
 
 
 def main() -> None:

@@ -48,6 +48,12 @@ def rollback(home: Path, to: str | None, reason: str) -> tuple[Live, dict[str, s
     return live, tell(store, live)
 
 
+def announce(home: Path) -> dict[str, str]:
+    """Tell everybody what is live in a home, after a command of the library has moved the pointer."""
+    store = _ready(home)
+    return tell(store, store.require_live())
+
+
 def _ready(home: Path) -> Store:
     """The store, with the environment that its services need; a profile that is not complete is told before anything moves."""
     store = Store.open(home)

@@ -2,20 +2,22 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from realm_core.cli_corpus import AsJson, OnError, workers_for
+from realm_core.cli_corpus import OnError, workers_for
+from realm_core.cli_options import HOME, AsJson, Home
 from realm_core.errors import DataError
 from realm_core.ports import NullSink
 
-Home = Annotated[Path, typer.Option(help="Home folder of the operation.", envvar="REALM_HOME")]
 AllowDrop = Annotated[
     bool, typer.Option(help="Go live even if recall or exact match drop by more than the gate allows.")
 ]
-HOME = Path(".realm")
+Announce = Callable[[Path], dict[str, str]]
+announce: list[Announce] = []  # told of a home whose pointer has moved; the operation adds Dagster and MLflow
 
 
 def mount(corpus_app: typer.Typer) -> None:
@@ -124,7 +126,8 @@ def refresh(
             allow_older=allow_older,
             allow_drop=allow_drop,
         )
-    _show({**_live_facts(live, snapshot), "seconds": round(time.monotonic() - began, 2)}, as_json)
+    told = {**_live_facts(live, snapshot), **_announced(home)}
+    _show({**told, "seconds": round(time.monotonic() - began, 2)}, as_json)
 
 
 def status(home: Home = HOME, as_json: AsJson = False) -> None:
@@ -159,7 +162,7 @@ def _change(
         "documents": made.facts["articles"],
         "blocks": made.facts["blocks"],
         "dropped": made.facts["dropped"],
-        **(_live_facts(*outcome) if outcome else {"index": None}),
+        **({**_live_facts(*outcome), **_announced(home)} if outcome else {"index": None}),
         "seconds": round(time.monotonic() - began, 2),
     }
     _show(facts, as_json)
@@ -173,6 +176,10 @@ def _live_facts(live: Any, snapshot: Any) -> dict[str, Any]:
         "embedded_blocks": snapshot.record.get("embedded_blocks"),
         "reused_blocks": snapshot.record.get("reused_blocks"),
     }
+
+
+def _announced(home: Path) -> dict[str, str]:
+    return {name: what for tell in announce for name, what in tell(home).items()}
 
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:
@@ -194,3 +201,6 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
         f"embedded {facts['embedded_blocks']} blocks, {facts['reused_blocks']} had their vectors; {facts['seconds']} s"
     )
     print(f"live: {facts['index']} {facts['index_digest'][:12]}, generation {facts['generation']}")
+    for service in ("dagster", "mlflow", "mirror"):
+        if service in facts:
+            print(f"{service}: {facts[service]}")

@@ -72,10 +72,11 @@ def growth_sensor(
 
 def behind(store: Store) -> list[str]:
     """Index versions over the newest corpus that are missing: that of the live checkpoint, and of a later one whose own
-    index was made over an older corpus and may not go live any more."""
+    index was made over an older corpus and may not go live any more. One that was live is not missing: a person went back."""
     live, corpus = store.require_live(), store.newest("corpus")
     if store.manifest("indexes", live.index).parents["corpus"] != read_manifest(corpus).digest:
-        return [corpora.version_over(store, checkpoint_of(live.index), corpus)]
+        version = corpora.version_over(store, checkpoint_of(live.index), corpus)
+        return [] if version in {move.index for move in store.live_history()} else [version]
     run, step = parse_key(live.index)
     later = [key for key in store.checkpoints(run) if parse_key(key)[1] > step and _passed(store, key)]
     versions = [corpora.version_over(store, key, corpus) for key in later[-1:]]

@@ -7,7 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from realm_core.artifacts.keys import checkpoint_of, corpus_of, grown_key
-from realm_core.artifacts.manifest import read_manifest
+from realm_core.artifacts.manifest import PRUNED, read_manifest
 from realm_core.artifacts.publish import operator_error
 from realm_core.artifacts.store import Store
 from realm_core.errors import BusyError
@@ -51,16 +51,22 @@ def version_over(store: Store, checkpoint: str, corpus: Path) -> str:
     return checkpoint if made_over == read_manifest(corpus).digest else grown_key(checkpoint, corpus.name)
 
 
-def snapshots_beside(store: Store, version: str) -> list[tuple[Path, Path]]:
+def snapshots_beside(store: Store, version: str, only: str | None = None) -> list[tuple[Path, Path]]:
     """(snapshot, corpus) of the other versions of the same checkpoint, newest corpus first: their vectors may serve again."""
     found = []
-    for name in store.names("snapshots"):
-        if name == version or checkpoint_of(name) != checkpoint_of(version):
-            continue
+    for name in [only] if only else store.names("snapshots"):
         folder = store.path("snapshots", name)
+        if name == version or checkpoint_of(name) != checkpoint_of(version) or (folder / PRUNED).exists():
+            continue
         if (corpus := store.find(store.manifest("snapshots", name).parents["corpus"])) is not None:
             found.append((folder, corpus))
-    return sorted(found, key=lambda pair: (len(pair[1].name), pair[1].name), reverse=True)
+    return sorted(found, key=lambda pair: number(pair[1]), reverse=True)
+
+
+def number(corpus: Path) -> int:
+    """Versions in the order they were made: 2 for v0002; 0 for a folder that is no version."""
+    digits = corpus.name.removeprefix("v")
+    return int(digits) if digits.isdigit() else 0
 
 
 def removed_between(store: Store, older: Path, newer: Path) -> int | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from realm_core.artifacts import corpora
 from realm_core.artifacts.keys import checkpoint_of
 from realm_core.artifacts.manifest import PRUNED, Manifest
 from realm_core.artifacts.settings import differences, settings_of
@@ -89,7 +90,16 @@ def _state(store: Store, name: str, index: Manifest, verdict: Manifest | None, l
     if not verdict.facts["passed"]:
         return "refused"
     (run, step), (live_run, live_step) = parse_key(name), parse_key(live.index) if live else ("", -1)
+    if live is not None and _over_older_corpus(store, name, live):
+        return "overtaken"
     return "overtaken" if run == live_run and step < live_step else "candidate"
+
+
+def _over_older_corpus(store: Store, name: str, live: Live) -> bool:
+    folders = [store.find(store.manifest("indexes", index).parents["corpus"]) for index in (name, live.index)]
+    if folders[0] is None or folders[1] is None:
+        return False
+    return corpora.number(folders[0]) < corpora.number(folders[1])
 
 
 def _manifest(store: Store, kind: str, name: str) -> Manifest | None:

@@ -110,15 +110,11 @@ def _require_corpus(store: Store, name: str, live: Live, allow_older: bool) -> N
             f"{name}: its corpus {mine.name} still holds {removed} documents removed since; "
             f"realm corpus refresh --checkpoint {checkpoint_of(name)} makes its index over {theirs.name}"
         )
-    if mine != theirs and not allow_older and (removed is not None or _number(mine) < _number(theirs)):
+    if mine != theirs and not allow_older and (removed is not None or corpora.number(mine) < corpora.number(theirs)):
         raise GateError(
             f"{name}: over corpus {mine.name}, older than {theirs.name} of the live {live.index}; "
-            "to roll back, pass allow_older with a reason"
+            f"to roll back, realm rollback --to {name} --reason …"
         )
-
-
-def _number(corpus: Path) -> tuple[int, str]:
-    return len(corpus.name), corpus.name
 
 
 def _require_no_worse(config: Config, store: Store, name: str, live: Live) -> None:

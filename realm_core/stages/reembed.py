@@ -2,7 +2,8 @@
 
 A killed pass keeps its finished shards: the scratch folder is handed to the next attempt, which checks what it finds there.
 Where an earlier snapshot of the same encoder is given, only blocks without a vector in it are embedded: that is what makes
-growth cheap. Reuse changes the time and the record of a pass, not what it makes.
+growth cheap. Vectors of shards with the same tokens are what this pass would make, bit for bit; those of single blocks, after
+a compaction or a replacement, were made in other batches and may differ from them in the last bits.
 """
 
 import json
@@ -19,7 +20,7 @@ from realm_core.artifacts.manifest import Manifest, Plan, file_sha256, open_arti
 from realm_core.artifacts.publish import building, finished, write_durably
 from realm_core.artifacts.store import PRUNED
 from realm_core.config import Config
-from realm_core.corpus.shards import Corpus
+from realm_core.corpus.shards import Corpus, Shard
 from realm_core.errors import ArtifactError
 from realm_core.index.embed import embed_blocks
 from realm_core.index.reuse import EarlierVectors, token_digests
@@ -82,6 +83,7 @@ def run(
                 "linked_shards": pass_.linked,
                 "embedded_blocks": pass_.embedded,
                 "reused_blocks": pass_.reused,
+                "borrowed_blocks": pass_.borrowed,  # one by one, by identity: made in other batches
                 "reused_from": pass_.lender.snapshot.name if pass_.lender else None,
             },
             known={f"{name}.npy": digest for name, digest in digests.items()},
@@ -110,7 +112,7 @@ class _Pass:
         # The scratch folder may stem from another plan for the same name: a finished shard counts only for this encoder.
         self.mark = {"encoder": file_sha256(checkpoint / EMBEDDER), "corpus": read_manifest(corpus.folder).digest}
         self.done = self._read_done()
-        self.resumed = self.linked = self.reused = self.embedded = self.passed = 0
+        self.resumed = self.linked = self.reused = self.borrowed = self.embedded = self.passed = 0
         self.bar = Progress(f"embed {folder.name}", len(corpus), unit="blocks")
 
     def drop_foreign_files(self) -> None:
@@ -142,23 +144,32 @@ class _Pass:
         """Vectors of a shard: those that exist, and those of its new blocks."""
         shard, rows = self.corpus.shards[name], self.corpus.shard_rows(name)
         if self.lender is None:
-            return self._embed(rows)
+            return self._whole_shard(shard)
         found = self.lender.of_shard(shard, self.tokens[name])
         if found is not None:
             self._reuse(shard.blocks)
             return found
         vectors = np.empty((shard.blocks, self.retriever.embedder.projection_size), dtype=np.float32)
         known = self.lender.fill(self.corpus, name, vectors)
+        if not known.any():
+            return self._whole_shard(shard)
+        self.borrowed += int(known.sum())
         self._reuse(int(known.sum()))
         if not known.all():
-            vectors[~known] = self._embed([rows[place] for place in np.flatnonzero(~known).tolist()])
+            vectors[~known] = self._embed(self.corpus, [rows[place] for place in np.flatnonzero(~known).tolist()])
         return vectors
 
-    def _embed(self, rows: Sequence[int]) -> Float[ndarray, "N D"]:
+    def _whole_shard(self, shard: Shard) -> Float[ndarray, "N D"]:
+        """Removed blocks are embedded with the rest and left out then: the last bits of a vector follow from the batch it
+        was in, and this pass shall give the bytes of one that borrows."""
+        whole = Corpus(self.corpus.folder, {shard.name: Shard(shard.folder)})
+        return self._embed(whole, range(shard.stored))[shard.kept_between(0, shard.stored)]
+
+    def _embed(self, corpus: Corpus, rows: Sequence[int]) -> Float[ndarray, "N D"]:
         self.embedded += len(rows)
         return embed_blocks(
             self.retriever,
-            self.corpus,
+            corpus,
             rows,
             tokenizer=self.tokenizer,
             length=self.config.lengths.document,

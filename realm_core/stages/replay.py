@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from realm_core.artifacts import corpora
 from realm_core.artifacts.manifest import Manifest
 from realm_core.artifacts.settings import settings_of
 from realm_core.artifacts.store import Store
@@ -21,7 +22,8 @@ def replay(store: Store, name: str, scratch: Path) -> dict[str, Any]:
     Returns `equal`, the digests `recorded` and `rebuilt`, `seconds`, and `differences`, one line each, the first being
     where the two part. On a CPU, equal code and thread count give equal bytes. Only manifests of the old snapshot and
     index are read, so that versions dropped by retention can be replayed. Raises ArtifactError if the checkpoint's
-    weights, the corpus or the settings are gone.
+    weights, the corpus or the settings are gone. Where single blocks had their vectors from another version, they have
+    them from it again: replay that one too.
     """
     began = time.monotonic()
     folder = store.path("indexes", name)
@@ -29,11 +31,13 @@ def replay(store: Store, name: str, scratch: Path) -> dict[str, Any]:
     places = {role: store.parent(folder, role) for role in ("snapshot", "checkpoint", "corpus")}
     embedded = store.manifest("snapshots", places["snapshot"].name)
     inputs: dict[str, Any] = {"checkpoint": places["checkpoint"], "corpus": places["corpus"]}
+    borrowed = embedded.record.get("borrowed_blocks")
     made = reembed.run(
         _settings(store, embedded, reembed.SECTIONS, places["snapshot"]),
         **inputs,
         out=scratch / "snapshots" / name,
         sink=NullSink(),
+        earlier=corpora.snapshots_beside(store, name, only=embedded.record["reused_from"]) if borrowed else (),
     )
     built = index_stage.run(
         _settings(store, recorded, index_stage.SECTIONS, folder),

@@ -16,7 +16,7 @@ from realm_core.artifacts.store import Store
 from realm_core.corpus.shards import Corpus
 from realm_core.corpus.sources import Source
 from realm_core.ports import NullSink
-from realm_core.stages import grow
+from realm_core.stages import grow, promote
 from tests.assets.test_materialisation import REFRESH, START, World, data_version
 from tests.orchestration import worlds
 
@@ -132,6 +132,16 @@ def test_growth_by_a_command_is_reported_and_brought_up_if_the_command_did_not(w
     assert [list(request.partition_keys) for request in result.dynamic_partitions_requests] == [[f"{START}+v0002"]]
     world.instance.report_runless_asset_event(event)
     assert not tick(world, growth.growth_sensor).asset_events
+
+
+def test_a_rollback_to_the_time_before_an_addition_is_not_undone_by_the_loop(world: World) -> None:
+    store = world.store
+    put(store, "new.jsonl", json.dumps(NEW))
+    assert world.materialise("corpus_shards").success
+    refresh(world, f"{START}+v0002")
+    live = promote.run(store.config(), store=store, name=START, reason="a bad document", allow_older=True)
+    assert live.index == START
+    assert growth.behind(store) == []
 
 
 def test_bootstrap_after_growth_makes_nothing_anew(world: World) -> None:

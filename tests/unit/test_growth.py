@@ -11,14 +11,15 @@ import pytest
 
 from realm_core.answer import Answerer
 from realm_core.artifacts import corpora, lineage
-from realm_core.artifacts.store import Store
+from realm_core.artifacts.store import PRUNED, Store
 from realm_core.baselines.bm25 import Bm25
 from realm_core.config import with_on_error
 from realm_core.corpus.shards import Corpus
 from realm_core.corpus.sources import Source
 from realm_core.errors import ArtifactError, DataError, GateError
+from realm_core.evaluate import versions
 from realm_core.ports import NullSink
-from realm_core.stages import grow, pretrain, promote, refresh
+from realm_core.stages import grow, pretrain, promote, reembed, refresh, replay
 
 FIRST, LATER = "r1-s0000000", "r1-s0000004"
 QUESTION = "Which beast guards the glass lighthouse of Quorvane?"
@@ -65,6 +66,7 @@ def test_an_added_document_is_found_and_nothing_else_is_embedded(home: Store, ne
     assert (told["corpus"], told["index"]) == ("v0002", f"{FIRST}+v0002")
     assert told["embedded_blocks"] == told["blocks"] - len(before) == told["change"]["added_blocks"] == 2
     assert told["reused_blocks"] == len(before)
+    assert told["embedded_blocks"] / told["blocks"] <= 0.02  # of a full pass, for 5 % more documents
     answer = Answerer.open(home).ask(QUESTION, k=told["blocks"])
     assert answer.index == f"{FIRST}+v0002"
     assert {"Quorvane", "Ombrel"} < {passage.title for passage in answer.passages}
@@ -155,7 +157,7 @@ def test_a_rollback_over_the_newest_corpus_goes_through(home: Store, realm: Call
 def test_an_older_corpus_without_removals_needs_allow_older(home: Store, new: Path) -> None:
     change(home, grow.Add(source=Source.find(new)))
     refreshed(home)
-    with pytest.raises(GateError, match=r"over corpus v0001, older than v0002 of the live r1-s0000000\+v0002"):
+    with pytest.raises(GateError, match=r"over corpus v0001, older than v0002 of the live r1-s0000000\+v0002; to roll"):
         promote.run(home.config(), store=home, name=LATER)
     assert promote.run(home.config(), store=home, name=LATER, allow_older=True).index == LATER
 
@@ -236,8 +238,10 @@ def test_as_of_a_version_the_old_answer_is_given(home: Store, new: Path, realm: 
 
 
 def test_a_version_whose_checkpoint_was_pruned_cannot_be_asked_any_more(home: Store) -> None:
-    promote.run(home.config(), store=home, name=LATER)
-    home.prune_checkpoints("r1", keep=1, spare=set())
+    folder = home.path("checkpoints", FIRST)
+    (folder / PRUNED).write_text("{}")
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
     with pytest.raises(ArtifactError, match="dropped by retention"):
         Answerer.open(home, as_of=FIRST)
 
@@ -326,21 +330,23 @@ def test_an_altered_vector_file_is_not_reused(home: Store, new: Path) -> None:
 
 
 @pytest.mark.slow
-def test_reuse_makes_what_a_full_pass_makes(home: Store, new: Path) -> None:
+@pytest.mark.parametrize("removed", [False, True])
+def test_reuse_makes_what_a_full_pass_makes(home: Store, new: Path, removed: bool) -> None:
     change(home, grow.Add(source=Source.find(new)))
-    _, snapshot = refreshed(home)
+    if removed:
+        change(home, grow.Remove(ids=[Corpus.open(home.newest("corpus")).block(0).doc_id, "ombrel"]))
+    live, snapshot = refreshed(home)
+    assert snapshot.record["borrowed_blocks"] == 0
     shutil.rmtree(home.path("snapshots", FIRST))
-    shutil.rmtree(home.home / "snapshots" / f"{FIRST}+v0002")
-    from realm_core.stages import reembed
-
+    shutil.rmtree(home.path("snapshots", live.index))
     full = reembed.run(
         home.config(),
         checkpoint=home.path("checkpoints", FIRST),
         corpus=home.newest("corpus"),
-        out=home.path("snapshots", f"{FIRST}+v0002"),
+        out=home.path("snapshots", live.index),
         sink=NullSink(),
     )
-    assert full.record["embedded_blocks"] == full.facts["vectors"]
+    assert full.record["embedded_blocks"] >= full.facts["vectors"] and full.record["reused_blocks"] == 0
     assert full.digest == snapshot.digest
 
 
@@ -348,6 +354,40 @@ def test_a_home_without_a_live_index_only_grows(home: Store, new: Path, realm: C
     (home.home / "live.json").unlink()
     code, out, _ = realm("corpus", "add", new, "--home", home.home)
     assert code == 0 and "no index is live yet" in out
+
+
+@pytest.mark.slow
+def test_grown_and_compacted_versions_can_be_replayed(home: Store, new: Path, tmp_path: Path) -> None:
+    change(home, grow.Add(source=Source.find(new)))
+    refreshed(home)
+    change(home, grow.Remove(ids=["ombrel"]))
+    refreshed(home)
+    change(home, grow.Compact())
+    refreshed(home)
+    for version in ("v0002", "v0003", "v0004"):
+        found = replay.replay(home, f"{FIRST}+{version}", tmp_path / version)
+        assert found["equal"], found["differences"]
+
+
+@pytest.mark.slow
+def test_versions_that_retention_dropped_lend_nothing(home: Store, new: Path) -> None:
+    change(home, grow.Add(source=Source.find(new)))
+    refreshed(home)
+    change(home, grow.Remove(ids=["ombrel"]))
+    for name in (f"{FIRST}+v0002", LATER):
+        (home.path("snapshots", name) / PRUNED).write_text("{}")
+    assert [pair[0].name for pair in corpora.snapshots_beside(home, f"{FIRST}+v0003")] == [FIRST]
+    _, snapshot = refreshed(home)
+    assert (snapshot.record["reused_from"], snapshot.record["embedded_blocks"]) == (FIRST, 2)
+
+
+@pytest.mark.slow
+def test_a_version_over_an_older_corpus_is_overtaken(home: Store, new: Path) -> None:
+    assert versions.describe(home, LATER)["state"] == "candidate"
+    change(home, grow.Add(source=Source.find(new)))
+    refreshed(home)
+    states = {row["index"]: row["state"] for row in versions.listing(home)}
+    assert states == {FIRST: "former", f"{FIRST}+v0002": "live", LATER: "overtaken"}
 
 
 @pytest.mark.slow
