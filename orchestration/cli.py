@@ -7,15 +7,17 @@ import time
 from contextlib import ExitStack
 from importlib.resources import as_file, files
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 
-from realm_core import cli, cli_versions
+from realm_core import cli, cli_options, cli_versions
 from realm_core.cli_options import HOME, AsJson, Home, Params, Profile, Set
 from realm_core.config import settings_for_command
 
 app = cli.app
+cli_options.AFTER_MOVE.append(lambda store, live: _pointer().moved(store, live))
 train_app = typer.Typer(help="The detached trainer of a home.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
 RunName = Annotated[str, typer.Option(help="Name of the training run.")]
@@ -175,6 +177,13 @@ def train_status(home: Home = HOME, run: RunName = "r1", as_json: AsJson = False
     }
     status["checkpoints"] = store.checkpoints(run)
     print(json.dumps(status) if as_json else "\n".join(f"{key}: {value}" for key, value in status.items()))
+
+
+def _pointer() -> ModuleType:
+    """Imported when a pointer has moved, for it imports Dagster."""
+    from orchestration import pointer
+
+    return pointer
 
 
 def main() -> None:

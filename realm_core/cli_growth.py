@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from realm_core.cli_corpus import AsJson, OnError, workers_for
+from realm_core.cli_options import tell_of_move
 from realm_core.errors import DataError
 from realm_core.ports import NullSink
 
@@ -124,7 +125,8 @@ def refresh(
             allow_older=allow_older,
             allow_drop=allow_drop,
         )
-    _show({**_live_facts(live, snapshot), "seconds": round(time.monotonic() - began, 2)}, as_json)
+    told = tell_of_move(store, live)
+    _show({**_live_facts(live, snapshot), **told, "seconds": round(time.monotonic() - began, 2)}, as_json)
 
 
 def status(home: Home = HOME, as_json: AsJson = False) -> None:
@@ -159,7 +161,7 @@ def _change(
         "documents": made.facts["articles"],
         "blocks": made.facts["blocks"],
         "dropped": made.facts["dropped"],
-        **(_live_facts(*outcome) if outcome else {"index": None}),
+        **({**_live_facts(*outcome), **tell_of_move(store, outcome[0])} if outcome else {"index": None}),
         "seconds": round(time.monotonic() - began, 2),
     }
     _show(facts, as_json)

@@ -113,7 +113,7 @@ def _require_corpus(store: Store, name: str, live: Live, allow_older: bool) -> N
     if mine != theirs and not allow_older and (removed is not None or _number(mine) < _number(theirs)):
         raise GateError(
             f"{name}: over corpus {mine.name}, older than {theirs.name} of the live {live.index}; "
-            "to roll back, pass allow_older with a reason"
+            f"to roll back, realm rollback --to {name} --reason …"
         )
 
 
