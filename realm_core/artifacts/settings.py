@@ -43,13 +43,14 @@ def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
 def settings_of(store: Store, manifest: Manifest, sections: tuple[str, ...]) -> Config | None:
     """The settings, of now or of earlier, that an artifact depends on; None if this home does not remember them.
 
-    They are recognised as they were written down, so a setting that has been added since does not hide them.
+    They are recognised as they were written down, and with the settings that have been added since at their defaults.
     """
     rows = read_json_lines(store.home / "settings.history.jsonl")
     for values in [store.settings()["config"], *(row.get("config") for row in reversed(rows))]:
         with suppress(ConfigError, KeyError, TypeError):  # of a version that knew other settings
-            if digest_of(values, *sections) == manifest.config_digest:
-                return config_from(values, where=str(store.home))
+            config = config_from(values, where=str(store.home))
+            if manifest.config_digest in (config.digest(*sections), digest_of(values, *sections)):
+                return config
     return None
 
 
