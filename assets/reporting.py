@@ -109,11 +109,10 @@ def drift_facts(context: dg.AssetExecutionContext, store: Store, key: str) -> di
     from realm_core.evaluate.drift import measures
     from realm_core.stages import drift
 
-    try:
-        return measures(drift.run(store.config(), store=store, name=key))
-    except RealmError as problem:
+    measured, problem = drift.observe(store.config(), store=store, name=key)
+    if problem:
         context.log.warning(f"drift was not measured: {problem}")
-        return {}
+    return measures(measured)
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:

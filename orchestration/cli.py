@@ -7,18 +7,19 @@ import time
 from contextlib import ExitStack
 from importlib.resources import as_file, files
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
 
-from realm_core import cli, cli_growth, cli_versions
+from realm_core import cli, cli_options, cli_versions
 from realm_core.cli_options import HOME, AsJson, Home, Params, Profile, Set
 from realm_core.config import settings_for_command
 
 app = cli.app
+cli_options.AFTER_MOVE.append(lambda store, live: _pointer().moved(store, live))
 train_app = typer.Typer(help="The detached trainer of a home.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
-cli_growth.announce.append(lambda home: _announce(home))  # what it needs takes seconds to import
 RunName = Annotated[str, typer.Option(help="Name of the training run.")]
 
 
@@ -171,10 +172,11 @@ def train_status(home: Home = HOME, run: RunName = "r1", as_json: AsJson = False
     print(json.dumps(found) if as_json else status.text(found))
 
 
-def _announce(home: Path) -> dict[str, str]:
+def _pointer() -> ModuleType:
+    """Imported when a pointer has moved, for it imports Dagster."""
     from orchestration import pointer
 
-    return pointer.announce(home)
+    return pointer
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from assets.reporting import DATA_VERSION_TAG, mirror_version, version_card, ver
 from orchestration import services
 from orchestration.resources.tracking import MlflowTracker, tracker_for
 from realm_core.artifacts.store import Live, Store, parse_key
-from realm_core.errors import GateError
+from realm_core.errors import GateError, RealmError
 from realm_core.stages import promote as gate
 from realm_core.stages import qualify
 
@@ -26,6 +26,15 @@ def promote(home: Path, name: str, reason: str, *, allow_older: bool = False) ->
     store = _ready(home)
     live = gate.run(store.config(), store=store, name=name, reason=reason, allow_older=allow_older)
     return live, tell(store, live)
+
+
+def moved(store: Store, live: Live) -> dict[str, str]:
+    """`tell` for commands of the library that have moved the pointer already: nothing stops them any more."""
+    try:
+        _ready(store.home)
+    except RealmError as problem:
+        return dict.fromkeys(("dagster", "mlflow"), f"not told: {problem}")
+    return tell(store, live)
 
 
 def rollback(home: Path, to: str | None, reason: str) -> tuple[Live, dict[str, str]]:
@@ -46,12 +55,6 @@ def rollback(home: Path, to: str | None, reason: str) -> tuple[Live, dict[str, s
         _qualify_by_todays_settings(store, target)
         live = gate.run(store.config(), store=store, name=target, reason=reason, allow_older=True)
     return live, tell(store, live)
-
-
-def announce(home: Path) -> dict[str, str]:
-    """Tell everybody what is live in a home, after a command of the library has moved the pointer."""
-    store = _ready(home)
-    return tell(store, store.require_live())
 
 
 def _ready(home: Path) -> Store:

@@ -2,22 +2,19 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from realm_core.cli_corpus import OnError, workers_for
-from realm_core.cli_options import HOME, AsJson, Home
+from realm_core.cli_options import HOME, AsJson, Home, tell_of_move
 from realm_core.errors import DataError
 from realm_core.ports import NullSink
 
 AllowDrop = Annotated[
     bool, typer.Option(help="Go live even if recall or exact match drop by more than the gate allows.")
 ]
-Announce = Callable[[Path], dict[str, str]]
-announce: list[Announce] = []  # told of a home whose pointer has moved; the operation adds Dagster and MLflow
 
 
 def mount(corpus_app: typer.Typer) -> None:
@@ -126,8 +123,8 @@ def refresh(
             allow_older=allow_older,
             allow_drop=allow_drop,
         )
-    told = {**_live_facts(live, snapshot), **_announced(home)}
-    _show({**told, "seconds": round(time.monotonic() - began, 2)}, as_json)
+    told = tell_of_move(store, live)
+    _show({**_live_facts(live, snapshot), **told, "seconds": round(time.monotonic() - began, 2)}, as_json)
 
 
 def status(home: Home = HOME, as_json: AsJson = False) -> None:
@@ -162,7 +159,7 @@ def _change(
         "documents": made.facts["articles"],
         "blocks": made.facts["blocks"],
         "dropped": made.facts["dropped"],
-        **({**_live_facts(*outcome), **_announced(home)} if outcome else {"index": None}),
+        **({**_live_facts(*outcome), **tell_of_move(store, outcome[0])} if outcome else {"index": None}),
         "seconds": round(time.monotonic() - began, 2),
     }
     _show(facts, as_json)
@@ -176,10 +173,6 @@ def _live_facts(live: Any, snapshot: Any) -> dict[str, Any]:
         "embedded_blocks": snapshot.record.get("embedded_blocks"),
         "reused_blocks": snapshot.record.get("reused_blocks"),
     }
-
-
-def _announced(home: Path) -> dict[str, str]:
-    return {name: what for tell in announce for name, what in tell(home).items()}
 
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:

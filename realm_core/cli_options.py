@@ -2,12 +2,14 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from realm_core.artifacts.manifest import Manifest
+from realm_core.artifacts.store import Live, Store
 
 Params = Annotated[Path | None, typer.Option(help="Settings file; ./params.yaml or the packaged one by default.")]
 Profile = Annotated[str, typer.Option(help="Which profile of the settings file.")]
@@ -38,3 +40,13 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "seconds": manifest.record.get("seconds"),
         **manifest.facts,
     }
+
+
+# What is told when a command has moved the live pointer: (store, live) -> service and what came of it. The library knows
+# nobody; the installed `realm` adds Dagster, MLflow and the mirror.
+AFTER_MOVE: list[Callable[[Store, Live], dict[str, str]]] = []
+
+
+def tell_of_move(store: Store, live: Live) -> dict[str, str]:
+    """Tell everybody who wants to know where the pointer stands."""
+    return {service: outcome for listener in AFTER_MOVE for service, outcome in listener(store, live).items()}

@@ -323,10 +323,7 @@ class Config(Section):
 
     def digest(self, *sections: str) -> str:
         """sha256 of the named sections and the seed: what a stage's result depends on."""
-        values = self.model_dump(mode="json")
-        values["runtime"].pop("processes")  # who computes a micro-batch changes the rounding of sums and nothing else
-        chosen = {name: values[name] for name in ("seed", *sections)}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+        return digest_of(self.model_dump(mode="json"), *sections)
 
 
 def micro_batches(settings: InParts, section: str, processes: int) -> int:
@@ -349,6 +346,14 @@ def micro_batches(settings: InParts, section: str, processes: int) -> int:
             f"cannot share evenly; lower {section}.micro_batch"
         )
     return batch // micro
+
+
+def digest_of(values: Mapping[str, Any], *sections: str) -> str:
+    """`Config.digest` of plain values, also of those that a version with fewer or other settings wrote down."""
+    chosen = {name: values[name] for name in ("seed", *sections)}
+    if "runtime" in chosen:  # who computes a micro-batch changes the rounding of sums and nothing else
+        chosen["runtime"] = {key: value for key, value in chosen["runtime"].items() if key != "processes"}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
 def load_config(params: Path | None = None, profile: str = "demo", overrides: Sequence[str] = ()) -> Config:

@@ -1,11 +1,12 @@
 """Settings of a home over time: which ones an artifact was made with, and which may change while training goes on."""
 
+from contextlib import suppress
 from typing import Any
 
 from realm_core.artifacts.manifest import Manifest
 from realm_core.artifacts.publish import read_json_lines
 from realm_core.artifacts.store import Store
-from realm_core.config import Config, config_from, with_overrides
+from realm_core.config import Config, config_from, digest_of, with_overrides
 from realm_core.errors import ConfigError
 
 # How the loop is run, not what it computes: a change touches no digest of a checkpoint, snapshot, index or score.
@@ -40,15 +41,16 @@ def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def settings_of(store: Store, manifest: Manifest, sections: tuple[str, ...]) -> Config | None:
-    """The settings, of now or of earlier, that an artifact depends on; None if this home does not remember them."""
+    """The settings, of now or of earlier, that an artifact depends on; None if this home does not remember them.
+
+    They are recognised as they were written down, and with the settings that have been added since at their defaults.
+    """
     rows = read_json_lines(store.home / "settings.history.jsonl")
     for values in [store.settings()["config"], *(row.get("config") for row in reversed(rows))]:
-        try:
+        with suppress(ConfigError, KeyError, TypeError):  # of a version that knew other settings
             config = config_from(values, where=str(store.home))
-        except (ConfigError, TypeError):  # written by a version that knew other settings
-            continue
-        if config.digest(*sections) == manifest.config_digest:
-            return config
+            if manifest.config_digest in (config.digest(*sections), digest_of(values, *sections)):
+                return config
     return None
 
 

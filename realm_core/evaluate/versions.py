@@ -27,7 +27,7 @@ def describe(store: Store, name: str) -> dict[str, Any]:
     index = store.manifest("indexes", name)
     run, step = parse_key(name)
     verdict, scored, drift = (_manifest(store, kind, name) for kind in ("verdicts", "evaluations", "drifts"))
-    checkpoint = _manifest(store, "checkpoints", checkpoint_of(name))
+    checkpoint = _part(store, "checkpoints", name)
     trained = checkpoint.facts.get("metrics", {}) if checkpoint else {}
     live = store.live()
     return {
@@ -106,6 +106,11 @@ def _manifest(store: Store, kind: str, name: str) -> Manifest | None:
     return store.manifest(kind, name) if store.has(kind, name) else None
 
 
+def _part(store: Store, kind: str, version: str) -> Manifest | None:
+    """What a version is made of; several versions may stand on one checkpoint."""
+    return _manifest(store, kind, checkpoint_of(version) if kind == "checkpoints" else version)
+
+
 def _change(old: float | None, new: float | None) -> dict[str, float | None]:
     return {"from": old, "to": new, "change": new - old if old is not None and new is not None else None}
 
@@ -134,7 +139,7 @@ def _settings_change(store: Store, old: str, new: str) -> dict[str, Any]:
     """`section.key` -> [before, after], by the settings each part was made with; parts whose settings are lost are named."""
     changed: dict[str, Any] = {}
     for kind, sections in _SECTIONS.items():
-        pair = [_manifest(store, kind, name) for name in (old, new)]
+        pair = [_part(store, kind, name) for name in (old, new)]
         if pair[0] is None or pair[1] is None or pair[0].config_digest == pair[1].config_digest:
             continue
         found = [settings_of(store, manifest, sections) for manifest in pair if manifest is not None]
@@ -151,7 +156,7 @@ def _settings_change(store: Store, old: str, new: str) -> dict[str, Any]:
 def _code_change(store: Store, old: str, new: str) -> dict[str, list[Any]]:
     changed: dict[str, list[Any]] = {}
     for kind in _SECTIONS:
-        pair = [_manifest(store, kind, name) for name in (old, new)]
+        pair = [_part(store, kind, name) for name in (old, new)]
         if pair[0] is None or pair[1] is None:
             continue
         for what, values in (

@@ -4,6 +4,7 @@ from realm_core.artifacts.manifest import Manifest, Plan, read_manifest
 from realm_core.artifacts.publish import building
 from realm_core.artifacts.store import Store, parse_key
 from realm_core.config import Config
+from realm_core.errors import RealmError
 from realm_core.evaluate.drift import Drift, Version, drift_between, index_drift
 from realm_core.model.device import resolve
 from realm_core.stages import CODE
@@ -42,6 +43,14 @@ def run(config: Config, *, store: Store, name: str) -> Manifest | None:
         )
         seconds = {key: ages.pop(key) for key in ("age_seconds",) if key in ages}
         return build.commit({"step": step, "against": before.index, **found, **ages}, record=seconds)
+
+
+def observe(config: Config, *, store: Store, name: str) -> tuple[Manifest | None, str | None]:
+    """`run` for those who go on in any case: (the measurement, None), or (None, why there is none)."""
+    try:
+        return run(config, store=store, name=name), None
+    except RealmError as problem:
+        return None, str(problem)
 
 
 def between(config: Config, *, store: Store, old: str, new: str) -> Drift:

@@ -8,8 +8,9 @@ from realm_core.artifacts.manifest import Manifest, read_manifest
 from realm_core.artifacts.store import Live, Store
 from realm_core.config import Config
 from realm_core.errors import ArtifactError, GateError
+from realm_core.evaluate.drift import measures
 from realm_core.ports import MetricSink
-from realm_core.stages import evaluate, index, promote, qualify, reembed
+from realm_core.stages import drift, evaluate, index, promote, qualify, reembed
 
 _TRIES = 3  # how often the live checkpoint may change while its corpus version is being made
 
@@ -41,6 +42,8 @@ def run(
         earlier=corpora.snapshots_beside(store, version),
     )
     index.run(config, snapshot=snapshot, checkpoint=checkpoint, corpus=corpus, out=built, sink=sink)
+    measured, _ = drift.observe(config, store=store, name=version)
+    sink.log(parse_key(version)[1], {f"drift/{key}": value for key, value in measures(measured).items()})
     qualify.run(
         config,
         index=built,

@@ -71,6 +71,8 @@ def _differences(what: str, old: Manifest, new: Manifest) -> Iterator[str]:
     """Where two manifests part, causes before effects."""
     if old.code != new.code:
         yield f"{what}: stage code {old.code} then, {new.code} now"
+    if old.config_digest != new.config_digest:
+        yield f"{what}: the version that wrote it knew other settings; those added since have their defaults here"
     for title, before, after in (
         ("parent", old.parents, new.parents),
         ("fact", old.facts, new.facts),

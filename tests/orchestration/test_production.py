@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes] | None = None) -> 
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """Address of a PostgreSQL server of its own; it is gone after the tests."""
     pytest.importorskip("dagster_postgres")
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
@@ -46,16 +47,13 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if initdb is None:
         pytest.skip("no PostgreSQL server on this machine")
     programs = Path(initdb).resolve().parent
-    folder = tmp_path_factory.mktemp("postgres")
+    # Not below pytest's folder: that is closed to the user the server must run as.
+    folder = Path(tempfile.mkdtemp(prefix="realm-postgres-"))
     other: list[str] = []
     if os.getuid() == 0:  # the server refuses to run as root
         if shutil.which("runuser") is None:
             pytest.skip("PostgreSQL refuses to run as root, and there is no runuser")
         other = ["runuser", "-u", "postgres", "--"]
-        for place in (folder, *folder.parents):
-            if place == Path(place.anchor) or place.stat().st_uid:
-                break
-            place.chmod(place.stat().st_mode | 0o011)
         shutil.chown(folder, "postgres")
     port = free_port()
     run = {"check": True, "capture_output": True, "cwd": folder}
@@ -65,6 +63,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     subprocess.run([*control, "-l", folder / "log", "-o", options, "start"], check=True, cwd=folder)
     yield f"postgresql://realm@127.0.0.1:{port}"
     subprocess.run([*control, "-m", "immediate", "stop"], **run)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
