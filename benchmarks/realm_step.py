@@ -142,7 +142,7 @@ def ours(bf16: bool) -> Callable[[], None]:
     from realm_core.model.knowledge_encoder import KnowledgeEncoder
     from realm_core.text.tokenizer import Tokenizer
     from realm_core.train.features import RealmBatch
-    from realm_core.train.step import realm_step
+    from realm_core.train.step import Whole, realm_step
     from realm_core.train.update import Updater
 
     shape = EncoderShape(
@@ -179,7 +179,8 @@ def ours(bf16: bool) -> Callable[[], None]:
     rates = {"retriever": 3e-5, "encoder": 3e-5}
     updater = Updater({"retriever": retriever, "encoder": encoder}, rates, 1000, OptimizerConfig())
     steps = iter(range(1, 1000))
-    return lambda: bool(updater.apply(realm_step(model, batch, "token", device).loss, next(steps)))
+    whole = Whole(examples=QUERIES, masks=QUERIES * MASKS)
+    return lambda: bool(updater.apply(realm_step(model, batch, "token", device, whole).loss, next(steps)))
 
 
 def port(bf16: bool) -> Callable[[], None]:
