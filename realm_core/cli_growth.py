@@ -175,14 +175,17 @@ def _live_facts(live: Any, snapshot: Any) -> dict[str, Any]:
     }
 
 
+def _counted(count: int, name: str) -> str:
+    words = name.replace("_", " ")
+    return f"{count} {words.removesuffix('s') if count == 1 else words}"
+
+
 def _show(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, ensure_ascii=False))
         return
     if change := facts.get("change"):
-        counts = ", ".join(
-            f"{value} {name.replace('_', ' ')}" for name, value in change.items() if name != "kind" and value
-        )
+        counts = ", ".join(_counted(value, name) for name, value in change.items() if name != "kind" and value)
         print(f"{change['kind']}: {counts or 'nothing to do'}{'' if facts['new'] else ' (done before)'}")
         print(
             f"corpus {facts['corpus']} {facts['corpus_digest'][:12]}: {facts['documents']} documents, {facts['blocks']} blocks"

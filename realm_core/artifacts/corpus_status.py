@@ -51,7 +51,8 @@ def status_text(found: dict[str, Any]) -> str:
     live = found["live"]
     lines.append(f"live: {live['index']} over {live['corpus']}" if live else "live: none yet")
     lines.append(
-        f"{found['dead_share']:.1%} of the stored blocks are removed, {found['delta_shards']} shards were added"
+        f"{found['dead_share']:.1%} of the stored blocks are removed; "
+        f"shards added since the first version: {found['delta_shards']}"
     )
     for what in ("inbox", "refused"):
         if found[what]:

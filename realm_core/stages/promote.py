@@ -107,7 +107,7 @@ def _require_corpus(store: Store, name: str, live: Live, allow_older: bool) -> N
     removed = corpora.removed_between(store, mine, theirs)
     if removed:
         raise GateError(
-            f"{name}: its corpus {mine.name} still holds {removed} documents removed since; "
+            f"{name}: its corpus {mine.name} still holds {removed} of the documents removed since; "
             f"realm corpus refresh --checkpoint {checkpoint_of(name)} makes its index over {theirs.name}"
         )
     if mine != theirs and not allow_older and (removed is not None or corpora.number(mine) < corpora.number(theirs)):

@@ -57,7 +57,7 @@ def test_a_question_finds_what_was_added_and_loses_what_was_removed(grown: Home,
     index, titles = retrieved(grown, blocks + 1)
     assert index == f"{LAST}+v0003" and "Quorvane" not in titles and "Ombrel" in titles
     grown.run("promote", f"{LAST}+v0002", "--allow-older", code=2)
-    assert "still holds 1 documents removed since" in grown.last_error()
+    assert "still holds 1 of the documents removed since" in grown.last_error()
     assert json.loads(grown.run("ask", QUESTION, "--as-of", LAST, "--json"))["index"] == LAST
 
 

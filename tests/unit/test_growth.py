@@ -133,7 +133,7 @@ def test_a_refresh_that_began_before_a_removal_cannot_bring_the_document_back(ho
     refreshed(home)
     for allow_older in (False, True):
         with pytest.raises(
-            GateError, match=r"its corpus v0001 still holds 1 documents removed since; realm corpus refresh"
+            GateError, match=r"its corpus v0001 still holds 1 of the documents removed since; realm corpus refresh"
         ):
             promote.run(home.config(), store=home, name=LATER, allow_older=allow_older)
     version = corpora.version_over(home, LATER, home.newest("corpus"))
