@@ -95,7 +95,7 @@ def of_home(config: Config, *, store: Store, sink: MetricSink) -> tuple[Path, Ma
     if store.names("corpus"):
         newest, root = store.newest("corpus"), corpora.first(store)
         if newest != root:
-            require_same_source(root, source, store.home)
+            require_same_source(root, source, store.home, grown=True)
             return newest, read_manifest(newest)
     if is_finished(source):
         return _adopted(config, store, source)
@@ -108,15 +108,21 @@ def is_finished(source: Path) -> bool:
     return (source / MANIFEST).is_file()
 
 
-def require_same_source(corpus: Path, source: Path, home: Path) -> None:
-    """Raise DataError unless `corpus`, the first version in a home, was made from what `source` is today."""
+def require_same_source(corpus: Path, source: Path, home: Path, *, grown: bool = False) -> None:
+    """Raise DataError unless `corpus`, the first version in a home, was made from what `source` is today.
+
+    Of a corpus that has grown no other first version is made: it would not know what was removed since.
+    """
     made = read_manifest(corpus)
     if is_finished(source):
         same = made.digest == read_manifest(source).digest
     else:
         same = made.sources.get("documents") == Source.find(source).digest(file_sha256)
     if not same:
-        raise DataError(f"{source}: changed since {home} was made from it; restore it or pass another --home")
+        remedy = (
+            "restore it and bring the change with realm corpus add" if grown else "restore it or pass another --home"
+        )
+        raise DataError(f"{source}: changed since {home} was made from it; {remedy}")
 
 
 def _adopted(config: Config, store: Store, source: Path) -> tuple[Path, Manifest]:

@@ -63,7 +63,9 @@ def test_such_a_home_grows_and_its_source_may_not_change(shards: Path, tmp_path:
     grow.apply(config, store=store, change=grow.Remove(ids=[victim]), sink=SINK)
     assert corpus.of_home(config, store=store, sink=SINK)[0].name == "v0002"
     reseal(shards, facts={**read_manifest(shards).facts, "pages": 0})
-    with pytest.raises(DataError, match=r"shards: changed since .*home was made from it"):
+    with pytest.raises(
+        DataError, match=r"shards: changed since .*home was made from it; restore it and bring the change with"
+    ):
         corpus.of_home(config, store=store, sink=SINK)
 
 
