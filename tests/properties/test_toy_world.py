@@ -3,7 +3,6 @@
 A toy: it shows that the parts work together, and nothing about real text.
 """
 
-from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
