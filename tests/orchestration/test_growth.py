@@ -17,7 +17,7 @@ from realm_core.corpus.shards import Corpus
 from realm_core.corpus.sources import Source
 from realm_core.ports import NullSink
 from realm_core.stages import grow, promote
-from tests.assets.test_materialisation import REFRESH, START, World, data_version
+from tests.assets.test_materialisation import REFRESH, START, World, data_version, failures
 from tests.orchestration import worlds
 
 pytestmark = pytest.mark.slow
@@ -154,9 +154,11 @@ def test_bootstrap_after_growth_makes_nothing_anew(world: World) -> None:
         "corpus_shards", "question_sets", "ict_checkpoint", "sparse_reader", "sparse_result"
     ).success
     assert {kind: store.names(kind) for kind in names} == names
-    store.source("corpus").write_text(json.dumps(NEW))
+    values = store.settings()
+    values["sources"]["corpus"] = str(put(store, ".changed.jsonl", json.dumps(NEW)))
+    (store.home / "home.json").write_text(json.dumps(values))
     result = world.materialise("corpus_shards")
-    assert not result.success
+    assert "restore it and bring the change with realm corpus add" in failures(result)["corpus_shards"]
 
 
 def test_a_later_checkpoint_that_was_embedded_too_early_is_embedded_again(world: World, tmp_path: Path) -> None:
