@@ -158,8 +158,9 @@ def train_stop(home: Home = HOME, run: RunName = "r1") -> None:
     """Ask the trainer to end at its next step border."""
     from orchestration import trainer
 
+    running = trainer.alive(home, run) is not None
     trainer.stop(home, run)
-    print(f"trainer of {run} is not running")
+    print(f"trainer of {run} {'has stopped' if running else 'was not running'}")
 
 
 @train_app.command("status")

@@ -18,10 +18,10 @@ from realm_core.artifacts import corpora
 from realm_core.artifacts.keys import checkpoint_of
 from realm_core.artifacts.lease import Lease
 from realm_core.artifacts.manifest import file_sha256, read_manifest
-from realm_core.artifacts.publish import operator_error
+from realm_core.artifacts.publish import operator_error, storage_trouble
 from realm_core.artifacts.store import Store, checkpoint_key
 from realm_core.config import Config
-from realm_core.errors import DataError, RealmError
+from realm_core.errors import ArtifactError, DataError, RealmError
 from realm_core.evaluate.report import JSON, write_report
 from realm_core.model.weight_files import require_start_weights
 from realm_core.stages import CODE
@@ -58,6 +58,12 @@ def run(
             result = report.collect(store, RUN, instance, time.monotonic() - began)
         write_report(home, result, report.steps_of(store, RUN))
         return result
+    except RealmError:
+        raise
+    except Exception as error:  # what databases say of a full disk names no place
+        if trouble := storage_trouble(error, home):
+            raise ArtifactError(trouble) from error
+        raise
     finally:
         os.close(held)
 

@@ -106,7 +106,7 @@ def refreshes(store: Store, instance: dg.DagsterInstance, keys: list[str]) -> di
         whole = store.has("evaluations", key) and len({record.get("dagster_run_id") for record in stages}) == 1
         if whole and ran is not None and ran.start_time and ran.end_time:
             overheads.append(ran.end_time - ran.start_time - sum(record["seconds"] for record in stages))
-        if key in promoted:
+        if key in promoted and store.has("checkpoints", key):  # not over a corpus that grew long after the checkpoint
             waits.append(promoted[key] - store.manifest("checkpoints", key).record["created"])
     return {
         "measured": len(overheads),

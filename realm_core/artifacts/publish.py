@@ -282,16 +282,18 @@ def operator_error(error: OSError, place: Path) -> ArtifactError:
     )
 
 
-def storage_trouble(error: BaseException) -> str | None:
+def storage_trouble(error: BaseException, home: Path | None = None) -> str | None:
     """What to tell the operator if an error that no stage expected came from a disk that is full or may not be written.
 
-    Looks along the causes: databases and trackers wrap what the operating system said.
+    Looks along the causes: databases and trackers wrap what the operating system said. `home` is named as the place where
+    none of them says which file it was.
     """
     seen: BaseException | None = error
     while seen is not None:
-        place = getattr(seen, "filename", None) or "a file of the home"
+        place = getattr(seen, "filename", None) or home or "a file of the home"
         if isinstance(seen, Exception) and (_no_room(seen) or "database or disk is full" in str(seen)):
-            return f"{place}: disk full or quota reached; free space and run again"
+            free = f", {shutil.disk_usage(home).free} bytes free" if home else ""
+            return f"{place}: disk full or quota reached{free}; free space and run again"
         if getattr(seen, "errno", None) in _NOT_OURS or _READ_ONLY_TEXT.search(str(seen)):
             return f"{place}: cannot be written; choose another --home or mend its permissions"
         seen = seen.__cause__ or seen.__context__

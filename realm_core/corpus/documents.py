@@ -74,7 +74,9 @@ class NoArticle(Exception):
 def bad_record(place: str, problem: BadLine, on_error: str, dropped: Counter[str]) -> None:
     """Count a bad record, or stop at it. Raises DataError naming the place."""
     if on_error == "fail":
-        raise DataError(f"{place}: {problem}; mend it, or leave such records out with --on-error skip") from None
+        raise DataError(
+            f"{place}: {problem}; mend it, or leave such records out with --set corpus.on_error=skip"
+        ) from None
     dropped[problem.kind] += 1
 
 

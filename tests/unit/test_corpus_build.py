@@ -248,6 +248,6 @@ def test_the_command_line_skips_bad_lines_when_told(tmp_path: Path) -> None:
     source = tmp_path / "d.jsonl"
     source.write_text('{"title": "T", "text": "The river."}\nnot json\n')
     arguments = ["corpus", "build", "--input", source, "--out", tmp_path / "c", "--profile", "tiny", "--json"]
-    with pytest.raises(DataError, match=r"d\.jsonl:2: not JSON .*--on-error skip"):
+    with pytest.raises(DataError, match=r"d\.jsonl:2: not JSON .*--set corpus.on_error=skip"):
         CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert json.loads(run(*arguments, "--on-error", "skip").stdout)["dropped"] == {"bad_json": 1}
