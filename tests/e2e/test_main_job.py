@@ -45,6 +45,8 @@ def test_the_report_has_the_promised_keys_and_tells_one_story(finished: tuple[Ho
             "exact_match",
             "age_steps",
             "null_probability",
+            "drift",
+            "top_k_overlap",
             "live",
             "verdict",
         }
