@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from realm_core.artifacts.manifest import Manifest
-from realm_core.config import load_config
 from realm_core.corpus.sources import Source
+from realm_core.params import load_config
 from realm_core.ports import NullSink
 from realm_core.stages import corpus, grow, ict, index, reembed
 

@@ -14,7 +14,7 @@ import typer
 
 from realm_core import cli, cli_options, cli_versions
 from realm_core.cli_options import HOME, AsJson, Home, Params, Profile, Set
-from realm_core.config import settings_for_command
+from realm_core.params import settings_for_command
 
 app = cli.app
 cli_options.AFTER_MOVE.append(lambda store, live: _pointer().moved(store, live))

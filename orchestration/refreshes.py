@@ -15,6 +15,7 @@ import dagster as dg
 from filelock import FileLock, Timeout
 
 from realm_core.artifacts.keys import checkpoint_of, parse_key
+from realm_core.artifacts.manifest import read_manifest
 from realm_core.artifacts.store import Store
 from realm_core.errors import ConfigError, DataError, GateError, RealmError
 
@@ -122,10 +123,10 @@ def pays_to_supersede(store: Store, running: str, newest: str) -> bool:
 
 
 def embedded_share(store: Store, key: str) -> float:
-    """Share of the corpus' shards that a pass under way has behind it."""
+    """Share of the newest corpus' shards that a pass under way has behind it."""
     with suppress(OSError, ValueError, KeyError, RealmError):
         done = json.loads((store.home / "snapshots" / f".{key}.partial" / ".done.json").read_text(encoding="utf-8"))
-        return len(done["shards"]) / max(1, store.config().corpus.shards)
+        return len(done["shards"]) / max(1, len(read_manifest(store.newest("corpus")).facts["shards"]))
     return 0.0
 
 

@@ -14,8 +14,8 @@ import typer
 from realm_core import cli_compat, cli_corpus, cli_growth, cli_versions
 from realm_core.artifacts.publish import storage_trouble
 from realm_core.cli_options import HOME, AsJson, Home, Metrics, Out, Params, Profile, Set, show
-from realm_core.config import settings_for_command
 from realm_core.errors import DataError, RealmError
+from realm_core.params import settings_for_command
 from realm_core.ports import JsonLinesSink, MetricSink, NullSink
 
 app = typer.Typer(

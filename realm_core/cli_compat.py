@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from realm_core.artifacts.manifest import Manifest
-from realm_core.config import settings_for_command
+from realm_core.params import settings_for_command
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Out = Annotated[Path, typer.Option(help="Folder to create; it must not exist with another content.")]

@@ -9,8 +9,8 @@ import typer
 
 from realm_core.artifacts.manifest import Manifest, open_artifact, read_manifest, verify_files
 from realm_core.artifacts.publish import write_durably
-from realm_core.config import settings_for_command
 from realm_core.errors import DataError
+from realm_core.params import settings_for_command
 from realm_core.ports import NullSink, Progress
 
 Params = Annotated[Path | None, typer.Option(help="Settings file; ./params.yaml or the packaged one by default.")]

@@ -141,7 +141,7 @@ def _change(
 ) -> None:
     from realm_core.artifacts import corpora
     from realm_core.artifacts.store import Store
-    from realm_core.config import with_on_error
+    from realm_core.params import with_on_error
     from realm_core.stages import grow, refresh
 
     store, began = Store.open(home), time.monotonic()

@@ -9,8 +9,8 @@ import typer
 
 from realm_core.artifacts.store import Live, Store
 from realm_core.cli_options import HOME, AsJson, Home, Params, Profile, Set, show
-from realm_core.config import settings_for_command
 from realm_core.errors import ArtifactError, ConfigError, DataError
+from realm_core.params import settings_for_command
 from realm_core.ports import NullSink
 
 Version = Annotated[str, typer.Argument(help="Name of an index version of the home, or its digest.")]

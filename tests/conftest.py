@@ -63,7 +63,7 @@ def build_home(tiny_sources: dict[str, str], refresh: Callable) -> Callable:
 
     def build(folder: Path, *overrides: str) -> Any:
         from realm_core.artifacts.store import Store
-        from realm_core.config import load_config
+        from realm_core.params import load_config
         from realm_core.ports import NullSink
         from realm_core.stages import corpus, finetune, ict, pretrain, promote, questions
 

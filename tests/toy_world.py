@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from realm_core.artifacts.manifest import Manifest
-from realm_core.config import Config, load_config
+from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.data.masking import masked_query
 from realm_core.index.backends import build_index
@@ -21,6 +21,7 @@ from realm_core.index.version import IndexVersion
 from realm_core.model.bundle import RealmModel, new_model
 from realm_core.model.device import Device, resolve
 from realm_core.model.weights import load_start_weights
+from realm_core.params import load_config
 from realm_core.ports import MetricSink, NullSink
 from realm_core.stages import corpus as corpus_stage
 from realm_core.train.ict import train_ict

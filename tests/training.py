@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from realm_core.artifacts.store import Store
-from realm_core.config import Config, load_config
+from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.index.version import IndexVersion, open_version
 from realm_core.model.bundle import RealmModel
 from realm_core.model.device import resolve
 from realm_core.model.dropout import Dropout
 from realm_core.model.world import World
+from realm_core.params import load_config
 from realm_core.ports import MemorySink
 from realm_core.train.ict import train_ict
 from realm_core.train.loop import RealmTrainer

@@ -6,11 +6,9 @@ from typing import Any
 from realm_core.artifacts.manifest import Manifest
 from realm_core.artifacts.publish import read_json_lines
 from realm_core.artifacts.store import Store
-from realm_core.config import Config, config_from, digest_of, with_overrides
+from realm_core.config import OPERATION, Config, digest_of
 from realm_core.errors import ConfigError
-
-# How the loop is run, not what it computes: a change touches no digest of a checkpoint, snapshot, index or score.
-OPERATION = ("gate", "refresh", "retention", "supervise", "retrain")
+from realm_core.params import config_from, with_overrides
 
 
 def change(store: Store, overrides: list[str]) -> Config:
@@ -23,7 +21,7 @@ def change(store: Store, overrides: list[str]) -> Config:
     changed = sorted(differences(before, after))
     fixed = [key for key in changed if key.partition(".")[0] not in OPERATION]
     if fixed and store.names("checkpoints"):
-        free = ", ".join(name for name in OPERATION if name in Config.model_fields)
+        free = ", ".join(OPERATION)
         raise ConfigError(
             f"{store.home}: {fixed[0]} is fixed since training began; {free} may change, else another --home"
         )

@@ -27,8 +27,9 @@ from realm_core.artifacts.keys import checkpoint_key, checkpoint_of, parse_key, 
 from realm_core.artifacts.lease import Lease
 from realm_core.artifacts.manifest import MANIFEST, PRUNED, QUARANTINED, Manifest, Plan, read_manifest
 from realm_core.artifacts.publish import append_durably, operator_error, read_json_lines, write_durably
-from realm_core.config import OPERATION, Config, config_from
+from realm_core.config import OPERATION, Config
 from realm_core.errors import ArtifactError, ConfigError
+from realm_core.params import config_from
 
 __all__ = ["BY_CHECKPOINT", "PRUNED", "VERSIONED", "Live", "Store", "checkpoint_key", "parse_key", "require_run_name"]
 

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from realm_core.config import Config, RuntimeConfig, config_from
+from realm_core.config import Config, RuntimeConfig
 from realm_core.errors import ConfigError, RealmError
 from realm_core.model.device import device_kind
 from realm_core.model.world import World
+from realm_core.params import config_from
 from realm_core.ports import NullSink
 
 _TIMEOUT = timedelta(minutes=30)  # longest wait for the others: a checkpoint is written, a large index opened

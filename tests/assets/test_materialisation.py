@@ -12,8 +12,8 @@ from dagster import AssetKey
 
 from orchestration.definitions import defs
 from realm_core.artifacts.store import Store
-from realm_core.config import load_config
 from realm_core.errors import DataError
+from realm_core.params import load_config
 from realm_core.ports import MemorySink, Tracker
 from realm_core.stages import qualify, reembed
 from tests.orchestration import worlds

@@ -86,7 +86,8 @@ def test_a_partition_of_the_index_shows_its_digest(finished: tuple[Home, dict[st
     page.goto(f"/assets/mips_index?view=partitions&partition={live['checkpoint']}")
     seen(page, live["checkpoint"])
     seen(page, live["index_digest"])
-    seen(page, "config_digest")
+    for fact in ("config_digest", "parents", "top_k_overlap", "vectors"):
+        seen(page, fact)
 
 
 def test_the_checks_of_the_index_show_their_verdicts(page: Any) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from realm_core.artifacts.manifest import read_manifest
 from realm_core.artifacts.store import Store
-from realm_core.config import load_config
+from realm_core.params import load_config
 from tests.assets.test_materialisation import World, data_version
 from tests.conftest import REPOSITORY
 from tests.e2e.homes import free_port

@@ -17,11 +17,12 @@ from realm_core.compat.foreign import combined
 from realm_core.compat.hf import read_hf
 from realm_core.compat.importing import import_checkpoint
 from realm_core.compat.tf import read_tf
-from realm_core.config import RuntimeConfig, load_config
+from realm_core.config import RuntimeConfig
 from realm_core.corpus.shards import Corpus
 from realm_core.index.backends import load_index
 from realm_core.model.bundle import RealmModel, load_retriever
 from realm_core.model.device import resolve
+from realm_core.params import load_config
 from realm_core.stages.evaluate import open_pipeline
 from realm_core.stages.finetune import load_reader
 from tests.published import tf_embedder, tf_encoder, write_bundle, write_records

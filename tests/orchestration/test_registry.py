@@ -1,7 +1,6 @@
 """The model registry and the pointer: what is live, what MLflow calls champion, and what Dagster has on record."""
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -28,14 +27,6 @@ mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model(sys.argv[2])
 print(json.dumps(model.predict(["Which animal is it?"])))
 """
-
-
-@pytest.fixture(scope="module")
-def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """MLflow behind the tracker port: a real SQLite store, a server that is not there, two processes at once."""
 
 import contextlib
-import logging
 import shutil
 import socket
 import subprocess
@@ -19,15 +18,6 @@ from orchestration.resources.tracking import EXPERIMENT, RUN_TAG, MlflowTracker,
 from realm_core.ports import Tracker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # MLflow takes seconds to import
-
-
-@pytest.fixture(scope="module")
-def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables and nothing in them; making one takes seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 from realm_core.artifacts.manifest import MANIFEST, Manifest, Plan
 from realm_core.artifacts.publish import building
 from realm_core.artifacts.store import Store, checkpoint_key
-from realm_core.config import load_config
+from realm_core.params import load_config
 from realm_core.ports import NullSink
 from realm_core.stages import CODE, corpus, finetune, ict, pretrain, questions
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realm_core.artifacts.manifest import read_manifest
-from realm_core.config import load_config
 from realm_core.corpus.layout import BLOCKS_FILE, TOKENS_FILE
 from realm_core.corpus.shards import Corpus
 from realm_core.corpus.sources import Source
 from realm_core.index.backends import build_index, known_backends
+from realm_core.params import load_config
 from realm_core.ports import NullSink
 from realm_core.stages import corpus, grow
 

@@ -16,8 +16,9 @@ from realm_core.artifacts.lineage import render, to_json, walk
 from realm_core.artifacts.manifest import MANIFEST, Manifest, Plan, read_manifest
 from realm_core.artifacts.publish import append_durably, building, read_json_lines
 from realm_core.artifacts.store import Store, checkpoint_key, parse_key
-from realm_core.config import Config, config_from, load_config
+from realm_core.config import Config
 from realm_core.errors import ArtifactError, ConfigError
+from realm_core.params import config_from, load_config
 
 FEW = settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TINY = load_config(None, "tiny")

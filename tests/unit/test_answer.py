@@ -10,8 +10,8 @@ import pytest
 
 from realm_core.answer import Answerer
 from realm_core.artifacts.store import Store
-from realm_core.config import load_config
 from realm_core.errors import ArtifactError, DataError
+from realm_core.params import load_config
 from realm_core.ports import NullSink
 from realm_core.stages import finetune, promote
 

@@ -14,8 +14,8 @@ import yaml
 from realm_core.artifacts.manifest import read_manifest
 from realm_core.artifacts.publish import read_json_lines
 from realm_core.artifacts.store import Store
-from realm_core.config import DEFAULT_PARAMS
 from realm_core.model.weight_files import CONFIG, VOCABULARY, WEIGHTS
+from realm_core.params import DEFAULT_PARAMS
 
 FIRST, LATER = "r1-s0000000", "r1-s0000004"
 TINY = ("--profile", "tiny")

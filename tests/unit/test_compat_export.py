@@ -17,7 +17,6 @@ from realm_core.compat.foreign import combined
 from realm_core.compat.hf import read_hf
 from realm_core.compat.importing import import_checkpoint
 from realm_core.compat.sentence_layout import rescaled
-from realm_core.config import load_config
 from realm_core.corpus.shards import Corpus
 from realm_core.data.formats import Inputs, document_inputs, query_inputs
 from realm_core.errors import ArtifactError
@@ -25,6 +24,7 @@ from realm_core.index.backends import load_index
 from realm_core.model.bundle import RealmModel, load_retriever
 from realm_core.model.embedder import Embedder, Retriever
 from realm_core.model.knowledge_encoder import KnowledgeEncoder
+from realm_core.params import load_config
 from realm_core.text.tokenizer import Tokenizer
 from tests.published import PROJECTION, SHAPE, TEXTS, VOCABULARY, port_folder, scorer_state, weights
 

@@ -14,13 +14,14 @@ from realm_core.compat.foreign import combined
 from realm_core.compat.hf import read_hf
 from realm_core.compat.importing import NO_TEXTS, READER, READER_SHAPES, import_checkpoint
 from realm_core.compat.tf import read_tf
-from realm_core.config import Config, load_config
+from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.errors import ArtifactError, DataError
 from realm_core.index.backends import load_index
 from realm_core.index.version import snapshot_of
 from realm_core.model.bundle import RealmModel, load_retriever
 from realm_core.model.weights import load_start_weights
+from realm_core.params import load_config
 from realm_core.ports import NullSink
 from realm_core.stages import corpus, finetune, index, pretrain, qualify, questions, reembed
 from tests.published import (

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from realm_core.config import DEFAULT_PARAMS, Config, config_from, load_config
+from realm_core.config import Config
 from realm_core.errors import ConfigError
+from realm_core.params import DEFAULT_PARAMS, config_from, load_config
 
 
 def params(tmp_path: Path, text: str) -> Path:

@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 import realm_core.corpus.writer as writer
 from realm_core.artifacts.manifest import read_manifest
 from realm_core.cli import app
-from realm_core.config import Config, config_from
+from realm_core.config import Config
 from realm_core.corpus.documents import Document, Tally
 from realm_core.corpus.report import length_plot, markdown
 from realm_core.corpus.shards import Corpus, write_shards
 from realm_core.errors import ArtifactError, DataError
+from realm_core.params import config_from
 from realm_core.ports import NullSink
 from realm_core.stages import corpus as stage
 from realm_core.text.tokenizer import Tokenizer, build_vocabulary

@@ -9,10 +9,11 @@ import pytest
 
 from realm_core.artifacts.manifest import MANIFEST, Manifest, read_manifest
 from realm_core.artifacts.store import Store
-from realm_core.config import Config, load_config
+from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.corpus.sources import Source
 from realm_core.errors import ArtifactError, ConfigError, DataError
+from realm_core.params import load_config
 from realm_core.ports import NullSink
 from realm_core.stages import corpus, grow
 

@@ -13,11 +13,11 @@ from realm_core.answer import Answerer
 from realm_core.artifacts import corpora, lineage
 from realm_core.artifacts.store import PRUNED, Store
 from realm_core.baselines.bm25 import Bm25
-from realm_core.config import with_on_error
 from realm_core.corpus.shards import Corpus
 from realm_core.corpus.sources import Source
 from realm_core.errors import ArtifactError, DataError, GateError
 from realm_core.evaluate import versions
+from realm_core.params import with_on_error
 from realm_core.ports import NullSink
 from realm_core.stages import grow, pretrain, promote, reembed, refresh, replay
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from realm_core.artifacts.store import Store
-from realm_core.config import Config, config_from, load_config
+from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.data.batches import split_evenly
 from realm_core.errors import ConfigError, RealmError
@@ -18,6 +18,7 @@ from realm_core.index.embed import embed_blocks
 from realm_core.model.device import resolve
 from realm_core.model.objectives import ict_loss
 from realm_core.model.world import World
+from realm_core.params import config_from, load_config
 from realm_core.train import contrastive, loop
 from realm_core.train.contrastive import contrast
 from realm_core.train.parts import parts_of

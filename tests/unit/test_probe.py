@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from realm_core.artifacts.store import Store
-from realm_core.config import Config, load_config
+from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.model.bundle import RealmModel
 from realm_core.model.device import Device, resolve
+from realm_core.params import load_config
 from realm_core.ports import MemorySink
 from realm_core.train import warmup
 from realm_core.train.probe import Gain, Probe, gold_logp, without_sentence

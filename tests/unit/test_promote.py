@@ -11,10 +11,10 @@ import pytest
 
 from realm_core.artifacts.manifest import MANIFEST, file_sha256, read_manifest
 from realm_core.artifacts.store import Store
-from realm_core.config import load_config
 from realm_core.errors import ArtifactError, ConfigError, GateError, RealmError
 from realm_core.index.snapshot import read_matrix, write_matrix
 from realm_core.model.bundle import EMBEDDER
+from realm_core.params import load_config
 from realm_core.stages import promote, qualify
 
 FIRST, LATER = "r1-s0000000", "r1-s0000004"

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from realm_core.artifacts.manifest import MANIFEST, file_sha256, read_manifest
 from realm_core.artifacts.store import Store
-from realm_core.config import Config, RefreshConfig, load_config
+from realm_core.config import Config, RefreshConfig
 from realm_core.errors import ArtifactError, ConfigError
 from realm_core.evaluate.refresh_estimate import estimate_refresh
 from realm_core.model.bundle import EMBEDDER
+from realm_core.params import load_config
 from realm_core.train.refresh_policy import decide
 
 FIRST, LATER = "r1-s0000000", "r1-s0000004"

@@ -13,8 +13,8 @@ import pytest
 from realm_core.artifacts.manifest import MANIFEST, PRUNED, Plan, read_manifest
 from realm_core.artifacts.publish import append_durably, building
 from realm_core.artifacts.store import Store, checkpoint_key, parse_key
-from realm_core.config import load_config
 from realm_core.errors import ArtifactError, ConfigError
+from realm_core.params import load_config
 
 TINY = load_config(None, "tiny")
 SOURCES = {"corpus": "/data/c.jsonl", "questions": "/data/q.jsonl"}
@@ -61,6 +61,13 @@ def test_until_a_run_has_begun_other_settings_take_the_place_of_the_first(store:
     assert store.source("corpus") == Path("/else")
 
 
+def test_how_the_loop_is_run_may_change_under_a_training_run(store: Store) -> None:
+    make(store, "checkpoints", "r1-s0000000")
+    changed = load_config(None, "tiny", ["gate.max_recall_drop=0.1", "refresh.backlog=all", "retention.keep_indexes=3"])
+    Store.create(store.home, changed, SOURCES, "tiny")
+    assert Store.open(store.home).config() == changed
+
+
 def test_other_settings_for_a_home_with_a_training_run_are_refused_by_name(store: Store) -> None:
     make(store, "checkpoints", "r1-s0000000")
     with pytest.raises(ConfigError, match=r"config\.seed is 7 there, 8 now; pass them again or another --home"):
@@ -104,7 +111,7 @@ def test_a_home_in_a_closed_folder_is_one_clear_error(tmp_path: Path, start_pyth
 import os, sys
 from pathlib import Path
 from realm_core.artifacts.store import Store
-from realm_core.config import load_config
+from realm_core.params import load_config
 from realm_core.errors import ArtifactError
 config = load_config(None, "tiny")
 os.setuid(65534)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from realm_core.config import load_config
 from realm_core.corpus.shards import Corpus
 from realm_core.errors import DataError
 from realm_core.index.version import open_version
 from realm_core.model.bundle import RealmModel
 from realm_core.model.device import resolve
+from realm_core.params import load_config
 from realm_core.ports import NullSink
 from realm_core.stages import corpus as stage
 from realm_core.train.features import choose_candidates, draw_queries

@@ -13,12 +13,12 @@ from realm_core.artifacts import lineage_views, settings
 from realm_core.artifacts.lineage import walk
 from realm_core.artifacts.manifest import PRUNED, read_manifest
 from realm_core.artifacts.store import Store
-from realm_core.config import load_config
 from realm_core.corpus.shards import Corpus
 from realm_core.errors import ArtifactError, ConfigError, GateError
 from realm_core.evaluate import versions
 from realm_core.evaluate.drift import block_overlap, probe_sentences, shared_rows
 from realm_core.index.snapshot import Snapshot, read_matrix, write_matrix
+from realm_core.params import load_config
 from realm_core.ports import NullSink
 from realm_core.stages import corpus as corpus_stage
 from realm_core.stages import drift, evaluate, index, pretrain, promote, qualify, reembed
