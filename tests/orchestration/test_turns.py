@@ -15,6 +15,7 @@ from orchestration import journal, refreshes, turn
 from realm_core.artifacts.manifest import Plan
 from realm_core.artifacts.publish import append_durably, building
 from realm_core.artifacts.store import Store, checkpoint_key
+from realm_core.stages import CODE
 from tests.orchestration import worlds
 from tests.orchestration.test_sensors import Daemon, requested, settle
 
@@ -196,9 +197,10 @@ def test_a_newer_checkpoint_supersedes_a_refresh_when_the_index_gets_younger_by_
         store, running_key, newest_key
     )  # nothing is live: the first one is waited for
     make_live(store, checkpoint_key("r1", live))
-    values = store.settings()
-    values["config"]["corpus"]["shards"] = 4
-    (store.home / "home.json").write_text(json.dumps(values))
+    with building(
+        store.path("corpus", "v0001"), Plan(stage="corpus", code=CODE["corpus"], config_digest="0" * 64)
+    ) as build:
+        build.commit({"shards": {str(number): {} for number in range(4)}})
     scratch = store.home / "snapshots" / f".{running_key}.partial"
     scratch.mkdir(parents=True)
     (scratch / ".done.json").write_text(json.dumps({"shards": {str(i): "" for i in range(int(4 * share))}}))
