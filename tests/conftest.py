@@ -17,6 +17,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 ARTICLES = 40  # of the bundled encyclopedia; enough questions for all three splits
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, those of a file share one, and so do all that look at the finished home."""
+    for item in items:
+        shared = "finished" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("finished" if shared else str(item.path)))
+
+
 def _optional_folder(variable: str, beside: str) -> Path:
     folder = Path(os.environ.get(variable, REPOSITORY.parent / "shared" / beside))
     if not folder.is_dir():
