@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST ?= $(BIN)/pytest
 ARGS ?=
+# Tests in as many processes as there are processors, up to four; in the order of the files, the long end-to-end ones first.
+PARALLEL := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 UV := uv==0.13.9
 RESOLVE := .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 	--custom-compile-command "make constraints" $(if $(UPGRADE),--upgrade)
@@ -24,10 +26,10 @@ ui: .venv/installed-demo ## Start the services and their web pages
 	$(BIN)/realm up $(ARGS)
 
 test: .venv/installed-dev ## Run every test but the long ones (ARGS="-k word" narrows it)
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) $(PARALLEL) $(ARGS)
 
 test-fast: .venv/installed-dev ## Run the tests that need neither time nor services
-	@$(PYTEST) -m "not slow and not e2e and not faults and not browser and not long" $(ARGS)
+	@$(PYTEST) $(PARALLEL) -m "not slow and not e2e and not faults and not browser and not long" $(ARGS)
 
 test-long: .venv/installed-dev ## Run the soaks and the studies over several seeds; up to hours
 	@$(PYTEST) -m long $(ARGS)

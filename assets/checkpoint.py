@@ -1,5 +1,6 @@
 """Rolling REALM checkpoints. A long trainer outside any Dagster run writes most of them and a sensor reports them;
-materialising a partition here trains just the segment up to that step. Both leave the same manifest."""
+materialising a partition here trains just the segment up to that step, and with `supervise.mode: segments` a sensor asks for
+one after the other. Both ways leave the same manifest."""
 
 import dagster as dg
 
@@ -54,6 +55,8 @@ def realm_checkpoint(
             if not store.has("checkpoints", key):
                 newest = store.checkpoints(run)[-1]
                 raise ArtifactError(f"{key}: the run is at {newest} already and left none there; ask for a later step")
+            if step >= store.config().pretrain.steps:
+                tracker.finish(run)
         folder, manifest = store.path("checkpoints", key), store.manifest("checkpoints", key)
     return materialized(folder, manifest)
 

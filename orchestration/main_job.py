@@ -112,6 +112,7 @@ def _finished_report(store: Store) -> dict[str, Any] | None:
 
 def _loop(store: Store, instance: dg.DagsterInstance) -> None:
     home = store.home
+    services.end_orphaned_job(home)
     daemon = services.KeptDaemon(home)
     with services.running(daemon):
         try:
@@ -136,7 +137,7 @@ def _loop(store: Store, instance: dg.DagsterInstance) -> None:
 def execute(home: Path, instance: dg.DagsterInstance, command: list[str]) -> None:
     """Run a Dagster command to its end. A failure is reported in the words of the step that failed."""
     before = time.time()
-    service = services.Service("jobs", services.dagster(*command), home)
+    service = services.job(home, command)
     with services.running(service):
         while service.process.poll() is None:
             time.sleep(0.2)
@@ -193,14 +194,15 @@ def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.KeptDae
         time.sleep(0.5)
 
 
-def _wait_for_restart(store: Store, since: float | None) -> float:
-    """When the trainer was first found dead. Raises RealmError if nobody will start it again."""
-    now = time.monotonic()
+def _wait_for_restart(store: Store, since: float | None) -> float | None:
+    """When the trainer was first found dead; None if it is meant to be dead. Raises RealmError if nobody starts it again."""
+    now, state = time.monotonic(), supervisor.look(store, RUN).state
+    if state in ("waits", "finished"):  # between two segments
+        return None
     if since is None:
         _say("the trainer is down; trainer_health_sensor starts it again from its last checkpoint")
         return now
-    given_up = supervisor.look(store, RUN).state == "given up"
-    if given_up or now - since > _IDLE_SECONDS:
+    if state == "given up" or now - since > _IDLE_SECONDS:
         raise RealmError(f"the trainer died; see {store.trainer(RUN) / trainer.LOG}, then run the same command again")
     return since
 

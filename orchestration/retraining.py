@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from orchestration import trainer
+from orchestration import supervisor
 from realm_core.artifacts import corpora
 from realm_core.artifacts.manifest import Manifest, file_sha256, read_manifest
 from realm_core.artifacts.store import Store, checkpoint_key
@@ -28,7 +28,7 @@ def due(store: Store) -> Due:
     if not begun:
         return Due(None, "no training run has begun yet; realm train start begins the first")
     last = f"r{begun[-1]}"
-    if trainer.alive(store.home, last) is not None:
+    if supervisor.look(store, last).state in ("runs", "waits"):
         return Due(None, f"{last} is still being trained")
     start = store.manifest("checkpoints", checkpoint_key(last, 0))
     changes = [*_changed_sources(store), *_changed_inputs(store, start), *_changed_code(store, start)]

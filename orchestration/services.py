@@ -206,17 +206,35 @@ def daemon(home: Path) -> Service | OthersDaemon:
     """Dagster's daemon: sensors, schedules, the run queue. Two would work against each other, so one found is shared;
     one whose command was killed is ended and replaced, since nobody else would ever end it."""
     lease = _daemon_lease(home)
-    if (orphan := lease.orphan()) is not None:
-        end_group(orphan)
+    _end_orphan(lease)
     if daemon_process(home) is not None:
         return OthersDaemon(home)
-    held = lease.take("a daemon")
+    return _under_lease(lease, "daemon", dagster("dagster._daemon", "run"), home)
+
+
+def job(home: Path, command: Sequence[str]) -> Service:
+    """A run that a command waits for, in a process of its own; one at a time in a home."""
+    return _under_lease(_job_lease(home), "jobs", dagster(*command), home)
+
+
+def end_orphaned_job(home: Path) -> None:
+    """End the job of a command that was killed: what it was to do is done again, and two at once get in each other's way."""
+    _end_orphan(_job_lease(home))
+
+
+def _under_lease(lease: Lease, name: str, command: list[str], home: Path) -> Service:
+    held = lease.take(f"the {name} of {home}")
     try:
-        service = Service("daemon", dagster("dagster._daemon", "run"), home, keep=[held])
+        service = Service(name, command, home, keep=[held])
         lease.sign(held, service.process.pid)
     finally:
-        os.close(held)  # the daemon holds it now, and its own children do not inherit it
+        os.close(held)  # the service holds it now, and its own children do not inherit it
     return service
+
+
+def _end_orphan(lease: Lease) -> None:
+    if (orphan := lease.orphan()) is not None:
+        end_group(orphan)
 
 
 def daemon_process(home: Path) -> int | None:
@@ -226,6 +244,10 @@ def daemon_process(home: Path) -> int | None:
 
 def _daemon_lease(home: Path) -> Lease:
     return Lease(dagster_home(home) / "daemon.json")
+
+
+def _job_lease(home: Path) -> Lease:
+    return Lease(dagster_home(home) / "job.json")
 
 
 def webserver(home: Path, port: int) -> Service:

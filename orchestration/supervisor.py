@@ -1,4 +1,5 @@
-"""Looks after detached trainers: one that died is started again from its last checkpoint, a few times, then somebody is told.
+"""Looks after training: a detached trainer that died is started again from its last checkpoint, a few times, then somebody is
+told. Segments (`orchestration.segments`) are counted by the same book.
 
 What it knows is in `trainer/RUN/supervision.json`, so that neither a restart of the daemon nor a replayed tick forgets how
 often a trainer was started already. A new checkpoint is progress and starts the count anew.
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from orchestration import journal, trainer
+from realm_core.artifacts.keys import parse_key
 from realm_core.artifacts.lease import UNSIGNED, Holder
 from realm_core.artifacts.publish import write_durably
 from realm_core.artifacts.store import Store
@@ -35,7 +37,7 @@ class Finding:
     """What a look at one trainer found, and what was done."""
 
     run: str
-    state: Literal["runs", "restarted", "killed", "stopped", "finished", "given up", "down", "unwanted"]
+    state: Literal["runs", "restarted", "killed", "stopped", "finished", "given up", "down", "waits", "unwanted"]
     message: str
     restarts: int = 0
     news: bool = False  # worth an entry in Dagster's event log
@@ -52,15 +54,17 @@ def look(store: Store, run: str) -> Finding:
         process = "a process that begins or ends" if holder.pid == UNSIGNED else f"{by} as process {holder.pid}"
         return Finding(run=run, state="runs", message=f"{process}{where}{age}")
     if known is None:
-        return Finding(run=run, state="unwanted", message="no detached trainer was started")
-    restarts = _since(store, run, known).restarts
+        return Finding(run=run, state="unwanted", message="no training was started here")
+    restarts = since(store, run, known).restarts
     outcome = trainer.outcome(store.home, run)
-    if outcome and outcome["finished"]:
+    if (outcome and outcome["finished"]) or _reached_its_end(store, run):
         return Finding(run=run, state="finished", message="reached its last step", restarts=restarts)
     if trainer.stop_requested(store.home, run):
         return Finding(run=run, state="stopped", message="stopped on request", restarts=restarts)
     if known.gave_up:
         return Finding(run=run, state="given up", message=known.gave_up, restarts=restarts)
+    if store.config().supervise.mode == "segments":
+        return Finding(run=run, state="waits", message="between two segments", restarts=restarts)
     return Finding(run=run, state="down", message="ended without having been asked to", restarts=restarts)
 
 
@@ -88,6 +92,26 @@ def supervision(store: Store, run: str) -> Supervision | None:
     return None
 
 
+def since(store: Store, run: str, known: Supervision) -> Supervision:
+    """What is known, with the count begun anew if there is a newer checkpoint."""
+    keys = store.checkpoints(run)
+    newest = keys[-1] if keys else None
+    return known if newest == known.checkpoint else Supervision(checkpoint=newest)
+
+
+def give_up(store: Store, run: str, known: Supervision, why: str) -> Finding:
+    """Nobody starts the training of `run` any more, and somebody is told."""
+    message = f"the trainer of {run} is given up: {why}"
+    journal.alert(store, "trainer", run, message, restarts=known.restarts, checkpoint=known.checkpoint)
+    remember(store, run, replace(known, gave_up=why))
+    return Finding(run=run, state="given up", message=message, restarts=known.restarts, news=True)
+
+
+def remember(store: Store, run: str, known: Supervision) -> None:
+    """Write down what is known, before it is acted upon."""
+    write_durably(store.trainer(run) / trainer.STARTED, json.dumps(asdict(known)) + "\n")
+
+
 def _heart(store: Store, run: str, holder: Holder, beats: dict[str, float]) -> Finding | None:
     before, now = beats.get(run), holder.heartbeat
     if now is None:
@@ -109,16 +133,16 @@ def _restart(store: Store, run: str) -> Finding:
         found, known = look(store, run), supervision(store, run)
         if found.state != "down" or known is None:  # somebody was quicker
             return found
-        known = _since(store, run, known)
+        known = since(store, run, known)
         outcome = trainer.outcome(store.home, run)
         if outcome and outcome["error"]:
-            return _give_up(store, run, known, f"{outcome['error']} (starting it again does not mend that)")
+            return give_up(store, run, known, f"{outcome['error']} (starting it again does not mend that)")
         if known.restarts >= limit:
-            return _give_up(
+            return give_up(
                 store, run, known, f"died {limit + 1} times after {known.checkpoint}; see {folder / trainer.LOG}"
             )
         known = replace(known, restarts=known.restarts + 1)
-        _remember(store, run, known)  # before the start: one that kills this very process is counted too
+        remember(store, run, known)  # before the start: one that kills this very process is counted too
         try:
             message = trainer.launch(store, run, _PATIENCE)
         except RealmError as problem:
@@ -127,19 +151,7 @@ def _restart(store: Store, run: str) -> Finding:
         return Finding(run=run, state="restarted", message=message, restarts=known.restarts, news=True)
 
 
-def _since(store: Store, run: str, known: Supervision) -> Supervision:
-    """The count, begun anew if there is a newer checkpoint."""
+def _reached_its_end(store: Store, run: str) -> bool:
+    """Segments leave no word of their own: the last checkpoint says it."""
     keys = store.checkpoints(run)
-    newest = keys[-1] if keys else None
-    return known if newest == known.checkpoint else Supervision(checkpoint=newest)
-
-
-def _give_up(store: Store, run: str, known: Supervision, why: str) -> Finding:
-    message = f"the trainer of {run} is given up: {why}"
-    journal.alert(store, "trainer", run, message, restarts=known.restarts, checkpoint=known.checkpoint)
-    _remember(store, run, replace(known, gave_up=why))
-    return Finding(run=run, state="given up", message=message, restarts=known.restarts, news=True)
-
-
-def _remember(store: Store, run: str, known: Supervision) -> None:
-    write_durably(store.trainer(run) / trainer.STARTED, json.dumps(asdict(known)) + "\n")
+    return bool(keys) and parse_key(keys[-1])[1] >= store.config().pretrain.steps

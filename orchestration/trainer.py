@@ -30,7 +30,8 @@ DETACHED = "the detached trainer"
 def start(home: Path, run: str, patience: float = 120.0) -> str:
     """Start the trainer of `run` detached from this process; says what it did. A live trainer is left alone.
 
-    From now on the trainer is wanted: if it dies it is started again, until `stop`.
+    From now on the trainer is wanted: if it dies it is started again, until `stop`. With `supervise.mode: segments` no process
+    is started: the sensor of the segments finds that they are wanted.
     Returns when the new process holds its lease or has ended already, so that `alive` and `outcome` speak of this start.
     Raises RealmError if it fails before that.
     """
@@ -45,6 +46,9 @@ def start(home: Path, run: str, patience: float = 120.0) -> str:
             raise operator_error(error, folder) from None
         keys = store.checkpoints(run)
         write_durably(folder / STARTED, json.dumps({"restarts": 0, "checkpoint": keys[-1] if keys else None}) + "\n")
+        if store.config().supervise.mode == "segments":
+            (folder / DONE).unlink(missing_ok=True)
+            return f"segments of {run} are wanted from {keys[-1] if keys else 'the start'} on; segment_sensor asks for them"
         return launch(store, run, patience)
 
 
@@ -83,11 +87,13 @@ def alive(home: Path, run: str) -> int | None:
 
 
 def stop(home: Path, run: str, timeout: float = 30.0) -> None:
-    """Ask the trainer to end at the next step border; after `timeout` seconds end it by signal.
+    """Ask the trainer to end at the next step border; after `timeout` seconds end it by signal. A segment that Dagster runs
+    goes on to its checkpoint and is the last one.
 
     Raises BusyError if it runs on another machine and does not end there, and if a segment or a command trains this run.
     """
-    folder = Store(home).trainer(run)
+    store = Store(home)
+    folder = store.trainer(run)
     if not folder.is_dir():
         return
     with one_at_a_time(folder):  # a restart that is under way comes first, and is then ended too
@@ -95,6 +101,8 @@ def stop(home: Path, run: str, timeout: float = 30.0) -> None:
         deadline = time.monotonic() + timeout
         while (holder := state(home, run)) is not None:
             if holder.pid != UNSIGNED and holder.by != DETACHED:
+                if store.config().supervise.mode == "segments":
+                    return
                 raise BusyError(f"{folder}: {run} is trained by {_place(holder)}, no detached trainer; end that one")
             if time.monotonic() > deadline and holder.pid != UNSIGNED:
                 if not holder.here:

@@ -185,9 +185,10 @@ class RefreshConfig(Section):
 
 
 class SuperviseConfig(Section):
-    """What looks after the detached trainer. May be changed in a home that trains already."""
+    """Who trains, and what looks after it. May be changed in a home that trains already."""
 
-    max_restarts: int = Field(3, ge=0)  # of a trainer that died, without a new checkpoint in between
+    mode: Literal["detached", "segments"] = "detached"  # one long process, or a Dagster run for every checkpoint
+    max_restarts: int = Field(3, ge=0)  # of a trainer or segment that died, without a new checkpoint in between
     heartbeat_seconds: float = Field(10.0, gt=0)
     stale_seconds: float = Field(120.0, gt=0)  # a heartbeat of another machine that is older counts for nothing
     alert_command: str | None = None  # run for every alert, without a shell; see docs/loop.md

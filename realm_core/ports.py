@@ -134,6 +134,10 @@ class Tracker(Protocol):
         """Enter the version if it is not there yet; the registry's champion becomes whatever is live."""
         ...
 
+    def finish(self, run: str, status: str = "FINISHED") -> None:
+        """Training has ended: FINISHED, FAILED, or KILLED if it can go on later."""
+        ...
+
     def url(self, run: str) -> str | None:
         """Where a person finds the tracked run; None while the tracker cannot be reached."""
         ...

@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 ARTICLES = 40  # of the bundled encyclopedia; enough questions for all three splits
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run in several processes, those of a file share one, and so do all that look at the finished home."""
     for item in items:

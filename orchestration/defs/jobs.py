@@ -6,7 +6,7 @@ import dagster as dg
 
 from assets.partitions import REALM_CKPT
 from assets.reporting import stage_run
-from orchestration import refreshes, trainer, turn
+from orchestration import refreshes, segments, trainer, turn
 from realm_core.artifacts.publish import append_durably
 from realm_core.artifacts.store import Store, parse_key
 
@@ -41,6 +41,13 @@ finetune = dg.define_asset_job(
     "finetune",
     selection=["qa_reader", "qa_result"],
     description="Fine-tune question tower and reader on one index version and score the test questions.",
+)
+
+
+train_segment = dg.define_asset_job(
+    segments.JOB,
+    selection=["realm_checkpoint"],
+    description="Train up to one checkpoint, in this run. With supervise.mode=segments a sensor asks for one after the other.",
 )
 
 
@@ -95,4 +102,4 @@ def estimate_refresh() -> None:
     compare_with_live()
 
 
-ALL: list[Any] = [bootstrap, grow_corpus, refresh_index, finetune, start_training, estimate_refresh]
+ALL: list[Any] = [bootstrap, grow_corpus, refresh_index, finetune, train_segment, start_training, estimate_refresh]

@@ -6,10 +6,11 @@ from typing import Any
 import dagster as dg
 
 from assets.checkpoint import LIVE_POINTER
+from assets.partitions import REALM_CKPT
 from assets.serving import pointer_event
 from assets.settings import home_settings
-from orchestration import journal, pointer_watch, reaper, refreshes, supervisor
-from orchestration.defs.jobs import refresh_index
+from orchestration import journal, pointer_watch, reaper, refreshes, segments, supervisor
+from orchestration.defs.jobs import refresh_index, train_segment
 from realm_core.artifacts.store import Store
 
 _SECONDS = home_settings().refresh.sensor_seconds
@@ -35,6 +36,25 @@ def trainer_health_sensor(
     for finding in news:
         context.log.warning(f"{finding.run} {finding.state}: {finding.message}")
     return dg.SensorResult(asset_events=[_training_event(finding) for finding in news], cursor=json.dumps(beats))
+
+
+@dg.sensor(job=train_segment, minimum_interval_seconds=_SECONDS, default_status=dg.DefaultSensorStatus.RUNNING)
+def segment_sensor(
+    context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]
+) -> dg.SensorResult | dg.SkipReason:
+    """With `supervise.mode: segments`, ask for the next segment of every training run that is wanted, one at a time each."""
+    if store.config().supervise.mode != "segments":
+        return dg.SkipReason("supervise.mode=detached: whoever trains is a process of its own")
+    turns = [segments.take_turn(store, context.instance, run) for run in store.runs()]
+    due = [turn for turn in turns if turn.key is not None]
+    if not due:
+        return dg.SkipReason("; ".join(f"{turn.run} {turn.reason}" for turn in turns) or "no training run")
+    known = context.instance.get_dynamic_partitions(str(REALM_CKPT.name))
+    new = [turn.key for turn in due if turn.key and turn.key not in known]
+    return dg.SensorResult(
+        run_requests=[dg.RunRequest(run_key=turn.run_key, partition_key=turn.key) for turn in due],
+        dynamic_partitions_requests=[REALM_CKPT.build_add_request(new)] if new else [],
+    )
 
 
 @dg.sensor(minimum_interval_seconds=_MINUTE, default_status=dg.DefaultSensorStatus.RUNNING)
@@ -95,4 +115,4 @@ def _training_event(finding: supervisor.Finding) -> dg.AssetObservation:
     return dg.AssetObservation("realm_checkpoint", description=finding.message, metadata=metadata)
 
 
-ALL = [trainer_health_sensor, dead_run_sensor, pointer_sensor, refresh_failure_sensor]
+ALL = [trainer_health_sensor, segment_sensor, dead_run_sensor, pointer_sensor, refresh_failure_sensor]

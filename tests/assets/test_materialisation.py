@@ -30,6 +30,7 @@ class MemoryTracker:
     sinks: dict[str, MemorySink] = field(default_factory=dict)
     tags: dict[str, dict[str, str]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    ended: dict[str, str] = field(default_factory=dict)
 
     def sink(self, run: str) -> MemorySink:
         return self.sinks.setdefault(run, MemorySink())
@@ -42,6 +43,9 @@ class MemoryTracker:
 
     def champion(self, run: str, version: Mapping[str, str]) -> None:
         self.aliases["champion"] = version["index"]
+
+    def finish(self, run: str, status: str = "FINISHED") -> None:
+        self.ended[run] = status
 
     def url(self, run: str) -> str | None:
         return f"http://tracker/{run}"
@@ -231,7 +235,9 @@ def test_segments_and_a_long_trainer_in_turns_leave_what_one_of_them_alone_does(
     worlds.train(alone, "r1", 12)
     assert world.materialise("realm_checkpoint", key="r1-s0000004").success
     worlds.train(world.store, "r1", 8)  # the body of the long trainer
+    assert world.tracker.ended == {}
     assert world.materialise("realm_checkpoint", key="r1-s0000012").success
+    assert world.tracker.ended == {"r1": "FINISHED"}
     for key in alone.names("checkpoints"):
         assert world.store.manifest("checkpoints", key).digest == alone.manifest("checkpoints", key).digest
 

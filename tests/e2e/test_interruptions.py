@@ -28,7 +28,7 @@ def test_the_same_command_brings_an_unlucky_home_to_its_end(home: Home) -> None:
     a_malformed_line_is_named_with_file_and_number(home)
     everything_dies_during_the_first_refresh(home)
     a_second_command_is_refused_and_ctrl_c_ends_the_first(home)
-    a_command_that_is_killed_leaves_a_daemon_and_the_next_one_ends_it(home)
+    a_command_that_is_killed_leaves_a_daemon_and_a_job_and_the_next_one_ends_both(home)
     report = a_killed_daemon_is_replaced(home)
     the_home_is_what_an_undisturbed_run_leaves(home, report)
 
@@ -73,14 +73,16 @@ def a_second_command_is_refused_and_ctrl_c_ends_the_first(home: Home) -> None:
     assert trainer.alive(home.path, "r1") is None
 
 
-def a_command_that_is_killed_leaves_a_daemon_and_the_next_one_ends_it(home: Home) -> None:
+def a_command_that_is_killed_leaves_a_daemon_and_a_job_and_the_next_one_ends_both(home: Home) -> None:
     job = home.start(*home.main_job())
-    orphan = home.wait_for(lambda: services.daemon_process(home.path), "no daemon", job)
+    running_job = home.wait_for(lambda: [each for each, line in home.living() if "job execute" in line], "no job", job)
+    daemon = services.daemon_process(home.path)
     job.kill()
     job.wait()
-    assert psutil.pid_exists(orphan)
+    assert daemon is not None and psutil.pid_exists(daemon) and running_job[0].is_running()
     job = home.start(*home.main_job())
-    home.wait_for(lambda: services.daemon_process(home.path) not in (None, orphan), "the orphan stays", job)
+    home.wait_for(lambda: services.daemon_process(home.path) not in (None, daemon), "the orphan stays", job)
+    assert not running_job[0].is_running()
     assert home.interrupt(job) == 130
     assert home.processes() == []
 
