@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST ?= $(BIN)/pytest
 ARGS ?=
-# Tests in as many processes as there are processors, up to four; in the order of the files, the long end-to-end ones first.
-PARALLEL := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+# Tests run in so many processes, in the order of the files: the long end-to-end ones come early. WORKERS=0 for a debugger.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 UV := uv==0.13.9
 RESOLVE := .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 	--custom-compile-command "make constraints" $(if $(UPGRADE),--upgrade)

@@ -24,7 +24,7 @@ STEPS, EVERY = 200, 20
 
 def test_the_same_command_brings_an_unlucky_home_to_its_end(home: Home) -> None:
     home.settings = (f"pretrain.steps={STEPS}", f"pretrain.checkpoint_every={EVERY}", "pretrain.batch=16")
-    home.settings += ("pretrain.keep=40",)
+    home.settings += ("pretrain.keep=40", "refresh.backlog=newest")
     a_malformed_line_is_named_with_file_and_number(home)
     everything_dies_during_the_first_refresh(home)
     a_second_command_is_refused_and_ctrl_c_ends_the_first(home)

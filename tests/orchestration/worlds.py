@@ -32,7 +32,7 @@ def sources(folder: Path, articles: int = ARTICLES) -> tuple[Path, Path]:
 def create(home: Path, overrides: Sequence[str] = ()) -> Store:
     """A home with sources and settings, and nothing made yet."""
     documents, asked = sources(home.parent / f"{home.name}-sources")
-    config = load_config(profile="tiny", overrides=overrides)
+    config = load_config(profile="tiny", overrides=("refresh.backlog=newest", *overrides))
     return Store.create(home, config, {"corpus": str(documents), "questions": str(asked)}, "tiny")
 
 
