@@ -41,6 +41,8 @@ def realm_checkpoint(
 
     key = checkpoint_of(context.partition_key)
     with stage_run(context):
+        if store.is_quarantined(key):
+            raise ArtifactError(f"{key}: set aside after a collapse; train with other settings")
         if not store.has("checkpoints", key):
             run, step = parse_key(key)
             pretrain.run(

@@ -147,7 +147,7 @@ def promote(
 
 @train_app.command("start")
 def train_start(home: Home = HOME, run: RunName = "r1") -> None:
-    """Start, or continue, a training run as a process of its own."""
+    """Start, or continue, a training run: as a process of its own, or by segments (supervise.mode)."""
     from orchestration import trainer
 
     print(trainer.start(home, run))
@@ -158,9 +158,7 @@ def train_stop(home: Home = HOME, run: RunName = "r1") -> None:
     """Ask the trainer to end at its next step border."""
     from orchestration import trainer
 
-    running = trainer.alive(home, run) is not None
-    trainer.stop(home, run)
-    print(f"trainer of {run} {'has stopped' if running else 'was not running'}")
+    print(trainer.stop(home, run))
 
 
 @train_app.command("status")

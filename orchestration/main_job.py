@@ -27,6 +27,7 @@ from realm_core.model.weight_files import require_start_weights
 from realm_core.stages import CODE
 
 RUN = "r1"
+_STOPPED = f"the trainer of {RUN} was asked to stop; run the same command again to go on"
 _IDLE_SECONDS = 300.0  # how long no refresh may be under way before the last checkpoint counts as forgotten
 
 
@@ -176,7 +177,7 @@ def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.KeptDae
         dead_since = _wait_for_restart(store, dead_since) if outcome is None and not running else None
         if outcome is not None:
             if not outcome["finished"]:
-                raise RealmError(f"the trainer of {RUN} was asked to stop; run the same command again to go on")
+                raise RealmError(_STOPPED)
             last = store.checkpoints(RUN)[-1]
             if _settled(store, instance, last) and not _tried_again(store, instance, last):
                 return
@@ -199,6 +200,8 @@ def _wait_for_restart(store: Store, since: float | None) -> float | None:
     now, state = time.monotonic(), supervisor.look(store, RUN).state
     if state in ("waits", "finished"):  # between two segments
         return None
+    if state == "stopped":  # in the middle of a step that took too long, or by segments
+        raise RealmError(_STOPPED)
     if since is None:
         _say("the trainer is down; trainer_health_sensor starts it again from its last checkpoint")
         return now

@@ -5,6 +5,7 @@ A segment leaves the manifests of the detached trainer and takes the same lease,
 """
 
 import json
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from realm_core.artifacts.store import Store
 from realm_core.errors import BusyError
 
 JOB = "train_segment"
+_MEMORY = 200  # runs looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +50,22 @@ def take_turn(store: Store, instance: dg.DagsterInstance, run: str) -> Segment:
         if found.state != "waits" or known is None:
             return Segment(run=run, reason=f"{found.state}: {found.message}")
         key = following(store, run)
-        runs = instance.get_runs(dg.RunsFilter(job_name=JOB, tags={"dagster/partition": key}))
+        runs = _segments(instance, run)
         if any(refreshes.goes_on(each) for each in runs):
-            return Segment(run=run, reason=f"{key} is queued or runs")
+            return Segment(run=run, reason="a segment is queued or runs")
         known = supervisor.since(store, run, known)
         if known.restarts and (why := _hopeless(store, instance, known, runs)):
             _conclude(store, run, why)
             return Segment(run=run, reason=supervisor.give_up(store, run, known, why).message)
         supervisor.remember(store, run, replace(known, restarts=known.restarts + 1))
-        return Segment(run=run, reason=f"{key} is next", key=key, run_key=f"segment:{key}:{len(runs)}")
+        (store.trainer(run) / trainer.DONE).unlink(missing_ok=True)
+        return Segment(run=run, reason=f"{key} is next", key=key, run_key=f"segment:{key}:{uuid.uuid4().hex[:8]}")
+
+
+def _segments(instance: dg.DagsterInstance, run: str) -> list[dg.DagsterRun]:
+    """Segments of a training run that were asked for, newest first."""
+    found = instance.get_runs(dg.RunsFilter(job_name=JOB), limit=_MEMORY)
+    return [each for each in found if each.tags.get("dagster/partition", "").rpartition("-s")[0] == run]
 
 
 def _hopeless(

@@ -93,10 +93,11 @@ def supervision(store: Store, run: str) -> Supervision | None:
 
 
 def since(store: Store, run: str, known: Supervision) -> Supervision:
-    """What is known, with the count begun anew if there is a newer checkpoint."""
+    """What is known, with the count begun anew if there is a newer checkpoint. A collapse leads back to an older one."""
     keys = store.checkpoints(run)
     newest = keys[-1] if keys else None
-    return known if newest == known.checkpoint else Supervision(checkpoint=newest)
+    progress = newest is not None and (known.checkpoint is None or newest > known.checkpoint)
+    return Supervision(checkpoint=newest) if progress else known
 
 
 def give_up(store: Store, run: str, known: Supervision, why: str) -> Finding:
@@ -119,7 +120,8 @@ def _heart(store: Store, run: str, holder: Holder, beats: dict[str, float]) -> F
     beats[run] = now
     # Over two looks: a machine that was asleep wakes up with a heartbeat that is old and a trainer that is well.
     stale = before == now and holder.age(time.time()) > store.config().supervise.stale_seconds
-    if not stale or not holder.here or holder.by != trainer.DETACHED:
+    ours = holder.by == trainer.DETACHED or store.config().supervise.mode == "segments"
+    if not stale or not holder.here or not ours:
         return None
     with suppress(ProcessLookupError):
         os.kill(holder.pid, signal.SIGKILL)

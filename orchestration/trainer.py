@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -86,23 +86,24 @@ def alive(home: Path, run: str) -> int | None:
     return None if holder is None else holder.pid
 
 
-def stop(home: Path, run: str, timeout: float = 30.0) -> None:
+def stop(home: Path, run: str, timeout: float = 30.0) -> str:
     """Ask the trainer to end at the next step border; after `timeout` seconds end it by signal. A segment that Dagster runs
-    goes on to its checkpoint and is the last one.
+    goes on to its checkpoint and is the last one. Returns what happened, for people.
 
     Raises BusyError if it runs on another machine and does not end there, and if a segment or a command trains this run.
     """
     store = Store(home)
     folder = store.trainer(run)
     if not folder.is_dir():
-        return
+        return f"trainer of {run} was not running"
     with one_at_a_time(folder):  # a restart that is under way comes first, and is then ended too
+        running = state(home, run) is not None
         (folder / STOP).touch()
         deadline = time.monotonic() + timeout
         while (holder := state(home, run)) is not None:
             if holder.pid != UNSIGNED and holder.by != DETACHED:
                 if store.config().supervise.mode == "segments":
-                    return
+                    return f"the segment of {run} under way, {_place(holder)}, goes on to its checkpoint and is the last one"
                 raise BusyError(f"{folder}: {run} is trained by {_place(holder)}, no detached trainer; end that one")
             if time.monotonic() > deadline and holder.pid != UNSIGNED:
                 if not holder.here:
@@ -110,6 +111,7 @@ def stop(home: Path, run: str, timeout: float = 30.0) -> None:
                 with suppress(ProcessLookupError):
                     os.kill(holder.pid, signal.SIGKILL)
             time.sleep(0.1)
+    return f"trainer of {run} {'has stopped' if running else 'was not running'}"
 
 
 @contextmanager
@@ -161,7 +163,7 @@ def _train(store: Store, run: str, lease: Held) -> int:
     folder, config, tracker = store.trainer(run), store.config(), tracker_for(store.home)
     if run_id := tracker.start(run):
         os.environ["REALM_MLFLOW_RUN_ID"] = run_id
-    error, finished = None, False
+    error, finished, handed_over = None, False, _hand_over(store)
     try:
         newest = pretrain.run(
             config,
@@ -170,7 +172,7 @@ def _train(store: Store, run: str, lease: Held) -> int:
             corpus=corpora.of_run(store, run),
             start=store.newest("ict"),
             sink=tracker.sink(run),
-            should_stop=(folder / STOP).exists,
+            should_stop=lambda: (folder / STOP).exists() or handed_over(),
             lease=lease,
         )
         finished = newest.facts["step"] >= config.pretrain.steps
@@ -179,9 +181,24 @@ def _train(store: Store, run: str, lease: Held) -> int:
         print(f"error: {problem}", file=sys.stderr, flush=True)
     if not lease.newest:
         return 2  # somebody else trains this run now: its outcome is theirs to tell
+    if not finished and error is None and not (folder / STOP).exists():
+        return 0  # segments go on with it
     tracker.finish(run, "FINISHED" if finished else "FAILED" if error else "KILLED")
     write_durably(folder / DONE, json.dumps({"finished": finished, "error": error}) + "\n")
     return 2 if error else 0
+
+
+def _hand_over(store: Store) -> Callable[[], bool]:
+    """Whether segments are to go on from here; looked at when a checkpoint has landed, so that no step is done twice."""
+    folder = store.home / "checkpoints"
+    seen = folder.stat().st_mtime_ns if folder.exists() else 0
+
+    def look() -> bool:
+        nonlocal seen
+        before, seen = seen, folder.stat().st_mtime_ns if folder.exists() else 0
+        return seen != before and store.config().supervise.mode == "segments"
+
+    return look
 
 
 def _place(holder: Holder) -> str:

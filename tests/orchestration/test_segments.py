@@ -1,6 +1,8 @@
 """Training in segments: which one is asked for next, when none is, and what happens to one that dies."""
 
 import json
+import os
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -8,15 +10,16 @@ from typing import Any
 import dagster as dg
 import pytest
 from dagster import DagsterRunStatus
-from dagster._core.events import DagsterEvent
 
 from orchestration import journal, main_job, retraining, segments, supervisor, trainer
 from orchestration.defs import watch
 from orchestration.segments import JOB, following
+from realm_core.artifacts.lease import HERE
 from realm_core.artifacts.store import Store
+from realm_core.errors import RealmError
 from tests.orchestration import worlds
 
-FAILURE, CANCELED = DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED
+SUCCESS, FAILURE, CANCELED = DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.CANCELED
 
 
 @pytest.fixture
@@ -57,12 +60,6 @@ def asked(result: Any) -> list[str]:
     return [] if isinstance(result, dg.SkipReason) else [request.partition_key for request in result.run_requests]
 
 
-def end(instance: dg.DagsterInstance, status: DagsterRunStatus) -> None:
-    event = {FAILURE: "PIPELINE_FAILURE", CANCELED: "PIPELINE_CANCELED"}[status]
-    for run in instance.get_runs(dg.RunsFilter(statuses=[DagsterRunStatus.STARTED])):
-        instance.report_dagster_event(DagsterEvent(event, run.job_name), run.run_id)
-
-
 @pytest.mark.parametrize(
     ("newest", "next_one"),
     [(None, 0), (0, 4), (3, 4), (4, 8), (8, 12), (11, 12)],  # tiny: every 4 steps, 12 in all
@@ -76,8 +73,9 @@ def test_the_next_segment_ends_at_the_next_checkpoint(empty_store: Store, newest
 def test_one_segment_follows_the_other_up_to_the_last_step(wanted: Store, instance: dg.DagsterInstance) -> None:
     for step in (4, 8, 12):
         assert asked(tick(wanted, instance)) == [f"r1-s{step:07d}"]
-        assert "is queued or runs" in tick(wanted, instance).skip_message
+        assert "a segment is queued or runs" in tick(wanted, instance).skip_message
         worlds.pretend_checkpoint(wanted, "r1", step)
+        worlds.end_runs(instance, SUCCESS)
     assert "r1 finished" in tick(wanted, instance).skip_message
     assert trainer.outcome(wanted.home, "r1") == {"finished": True, "error": None}
     assert len({run.tags["dagster/run_key"] for run in instance.get_runs()}) == 3
@@ -88,7 +86,7 @@ def test_a_segment_that_dies_is_asked_for_again_so_many_times_and_then_somebody_
 ) -> None:
     for _ in range(3):
         assert asked(tick(wanted, instance)) == ["r1-s0000004"]
-        end(instance, FAILURE)
+        worlds.end_runs(instance, FAILURE)
     assert len({run.tags["dagster/run_key"] for run in instance.get_runs()}) == 3
     for _ in range(2):
         assert "given up: its segment after r1-s0000000 died 3 times" in tick(wanted, instance).skip_message
@@ -100,9 +98,34 @@ def test_a_segment_that_dies_is_asked_for_again_so_many_times_and_then_somebody_
 
 def test_a_segment_that_is_cancelled_is_not_asked_for_again(wanted: Store, instance: dg.DagsterInstance) -> None:
     tick(wanted, instance)
-    end(instance, CANCELED)
+    worlds.end_runs(instance, CANCELED)
     assert "was cancelled" in tick(wanted, instance).skip_message
     assert trainer.outcome(wanted.home, "r1")["finished"] is False
+
+
+def test_a_run_that_collapsed_is_given_up_with_what_its_segment_said(
+    wanted: Store, instance: dg.DagsterInstance
+) -> None:
+    worlds.pretend_checkpoint(wanted, "r1", 4)
+    assert asked(tick(wanted, instance)) == ["r1-s0000008"]
+    wanted.quarantine("r1-s0000004", "collapsed")  # which makes step 4 the next one again
+    worlds.end_runs(instance, FAILURE, "RealmError")
+    assert "the trainer of r1 is given up: it said why" in tick(wanted, instance).skip_message
+
+
+def test_a_segment_whose_heart_stands_still_is_put_down(wanted: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    signals: list[int] = []
+    monkeypatch.setattr(supervisor.os, "kill", lambda process, signum: signals.append(process))
+    lease = wanted.training_lease("r1")
+    held = lease.take("a segment")
+    try:
+        record = {"pid": 4321, "host": HERE, "by": "", "heartbeat": time.time() - 1000, "token": 1}
+        os.pwrite(held, json.dumps(record).encode(), 0)
+        beats: dict[str, float] = {}
+        assert [supervisor.tend(wanted, "r1", beats).state for _ in range(2)] == ["runs", "killed"]
+        assert signals == [4321]
+    finally:
+        os.close(held)
 
 
 def test_nothing_is_asked_for_beside_a_trainer_after_a_stop_or_unless_wanted(
@@ -111,8 +134,10 @@ def test_nothing_is_asked_for_beside_a_trainer_after_a_stop_or_unless_wanted(
     with wanted.training_lease("r1").hold("a trainer of r1", by=trainer.DETACHED):
         assert "r1 runs" in tick(wanted, instance).skip_message
     with wanted.training_lease("r1").hold("a trainer of r1", by="a segment"):
-        trainer.stop(wanted.home, "r1", timeout=0)  # the segment goes on to its checkpoint
+        assert "goes on to its checkpoint and is the last one" in trainer.stop(wanted.home, "r1", timeout=0)
     assert "r1 stopped" in tick(wanted, instance).skip_message
+    with pytest.raises(RealmError, match="was asked to stop; run the same command again"):
+        main_job._wait_for_restart(wanted, None)
     worlds.pretend_checkpoint(wanted, "r2", 0)
     assert "r2 unwanted" in tick(wanted, instance).skip_message
     operate(wanted, mode="detached")

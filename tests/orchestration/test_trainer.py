@@ -1,5 +1,6 @@
 """The detached trainer: a real process on a small home."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestration import trainer
+from orchestration import supervisor, trainer
 from orchestration.report import steps_of
-from realm_core.artifacts.publish import read_json_lines
+from realm_core.artifacts.publish import read_json_lines, write_durably
 from realm_core.artifacts.store import Store
 from realm_core.errors import BusyError, RealmError
 from realm_core.ports import NullSink
@@ -146,6 +147,19 @@ def test_the_stop_file_ends_training_at_a_step_border(training: Store) -> None:
     newest = training.manifest("checkpoints", training.checkpoints("r1")[-1])
     assert newest.facts["step"] == len(rows) // 4 * 4
     assert trainer.outcome(training.home, "r1") == {"finished": False, "error": None}
+
+
+def test_a_trainer_hands_over_to_segments_at_a_checkpoint_when_the_mode_changes(training: Store) -> None:
+    trainer.start(training.home, "r1")
+    wait_for_step(training, 2)
+    values = training.settings()
+    values["config"]["supervise"]["mode"] = "segments"
+    write_durably(training.home / "home.json", json.dumps(values))
+    wait_for(lambda: trainer.alive(training.home, "r1") is None, "the trainer goes on")
+    assert trainer.outcome(training.home, "r1") is None
+    assert supervisor.look(training, "r1").state == "waits"
+    newest = training.manifest("checkpoints", training.checkpoints("r1")[-1])
+    assert newest.facts["step"] == len(steps_of(training, "r1"))  # no step has to be done twice
 
 
 def test_a_killed_trainer_frees_its_lease_and_the_next_start_ends_where_it_would_have_ended(

@@ -8,8 +8,6 @@ from typing import Any
 import dagster as dg
 import pytest
 from dagster import DagsterRunStatus
-from dagster._core.events import DagsterEvent
-from dagster._core.execution.plan.objects import ErrorSource, StepFailureData, UserFailureData
 
 from orchestration import journal, refreshes, turn
 from realm_core.artifacts.manifest import Plan
@@ -40,19 +38,7 @@ def checkpoint(daemon: Daemon, step: int, run: str = "r1") -> str:
 
 
 def end_all(daemon: Daemon, status: DagsterRunStatus, error: str | None = None) -> None:
-    """Every run under way ends like this, a failed one at its step with the library's error of this name."""
-    for run in daemon.instance.get_runs(dg.RunsFilter(statuses=[DagsterRunStatus.STARTED])):
-        if error is not None:
-            metadata = {"error": dg.MetadataValue.text(error)}
-            said = StepFailureData(
-                None,
-                UserFailureData(label="Failure", description="it said why", metadata=metadata),
-                ErrorSource.USER_CODE_ERROR,
-            )
-            event = DagsterEvent("STEP_FAILURE", run.job_name, step_key="promoted_index", event_specific_data=said)
-            daemon.instance.report_dagster_event(event, run.run_id)
-        names = {FAILURE: "PIPELINE_FAILURE", SUCCESS: "PIPELINE_SUCCESS", CANCELED: "PIPELINE_CANCELED"}
-        daemon.instance.report_dagster_event(DagsterEvent(names[status], run.job_name), run.run_id)
+    worlds.end_runs(daemon.instance, status, error)
 
 
 def make_live(store: Store, key: str, digest: str = "d" * 64) -> None:
