@@ -129,7 +129,7 @@ class PretrainConfig(InParts):
     masking: Literal["salient", "random_token", "random_span"] = "salient"
     marginal: Literal["token", "joint"] = "token"  # token: released code; joint: the paper's equation
     checkpoint_every: PositiveInt = 500
-    keep: int = Field(5, ge=2)  # rolling checkpoints kept beside the best and everything still in use
+    keep: int = Field(5, ge=2)  # newest checkpoints kept beside the best and what an index or a reader still uses
     checkpointing: bool = False  # gradient checkpointing
     max_nan_steps: PositiveInt = 3  # non-finite losses in a row that end the run
     guard_window: PositiveInt = 50  # steps over which p(null) is averaged to notice a collapse

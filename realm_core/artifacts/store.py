@@ -340,12 +340,12 @@ class Store:
     def prune_checkpoints(self, run: str, keep: int, spare: set[str]) -> list[str]:
         """Drop the bytes of old checkpoints but keep their manifests, so that lineage stays walkable.
 
-        Spared are the newest `keep`, those in `spare`, what the live index and the one before it were built from, and what is
-        being refreshed.
+        Spared are the newest `keep`, those in `spare`, what the live index and the one before it were built from, what an
+        index or a reader that is still there was made from, and what is being refreshed.
         """
         live = self.live()
         pinned = {move.index for move in (live, self.live_before()) if move}
-        spared = {checkpoint_of(name) for name in spare | pinned}
+        spared = {checkpoint_of(name) for name in spare | pinned | self._still_opened()}
         dropped = []
         for key in self.checkpoints(run)[:-keep]:
             if key in spared or self._being_refreshed(key, live):
@@ -359,6 +359,12 @@ class Store:
             if parse_key(key)[0] == run and (folder / PRUNED).exists():
                 _drop_files(folder)
         return dropped
+
+    def _still_opened(self) -> set[str]:
+        """Indexes and readers with bytes: an index is asked with the query tower of its checkpoint, and a reader that was
+        tuned on it with the rest of that retriever."""
+        kinds = ("indexes", "readers")
+        return {name for kind in kinds for name in self.names(kind) if not (self.path(kind, name) / PRUNED).exists()}
 
     def _being_refreshed(self, key: str, live: Live | None) -> bool:
         """Whether an index of this checkpoint may still go live: it must then be asked with this query tower.

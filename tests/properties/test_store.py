@@ -138,19 +138,20 @@ def test_retention_spares_what_it_must_and_drops_the_rest(several: list[int], ke
     keys = [checkpoint_key("r1", step) for step in sorted(several)]
     spare = data.draw(st.sets(st.sampled_from(keys)))
     live = data.draw(st.none() | st.sampled_from(keys))
-    started = data.draw(st.sets(st.sampled_from(keys)))
+    started, indexed = data.draw(st.sets(st.sampled_from(keys))), data.draw(st.sets(st.sampled_from(keys)))
     with Scratch() as folder:
         store = Store.create(folder / "home", TINY, {}, "tiny")
-        for key in keys:
-            with building(store.path("checkpoints", key), Plan(stage="pretrain", code=key, config_digest="c")) as build:
-                (build.folder / "weights").touch()
-                build.commit({})
+        for kind, names in (("checkpoints", keys), ("indexes", sorted(indexed))):
+            for key in names:
+                with building(store.path(kind, key), Plan(stage=kind, code=key, config_digest="c")) as build:
+                    (build.folder / "weights").touch()
+                    build.commit({})
         if live is not None:
             store.move_live(live, "digest", "checkpoint", "x", None)
         for key in started:
             (store.home / "snapshots" / f".{key}.partial").mkdir(parents=True)
         overtaken = {key for key in started if live is not None and key <= live}
-        kept = {*keys[-keep:], *spare, *(started - overtaken), *({live} if live else ())}
+        kept = {*keys[-keep:], *spare, *indexed, *(started - overtaken), *({live} if live else ())}
         assert set(store.prune_checkpoints("r1", keep, spare)) == set(keys) - kept
         assert set(store.checkpoints("r1")) == kept
         assert store.names("checkpoints") == keys

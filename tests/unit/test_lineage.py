@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from realm_core.artifacts.lineage import locate, render, to_json, walk
-from realm_core.artifacts.manifest import read_manifest
+from realm_core.artifacts.manifest import PRUNED, read_manifest
 from realm_core.artifacts.store import Store
 from realm_core.errors import ArtifactError
 from realm_core.stages import promote
@@ -47,6 +47,7 @@ def test_the_walk_goes_through_checkpoints_whose_weights_were_dropped(home: Stor
     before = places(home, "indexes", LATER)
     promote.run(home.config(), store=home, name=LATER)
     (home.home / "live.history.jsonl").unlink()  # nothing is kept for a rollback then
+    (home.path("indexes", "r1-s0000000") / PRUNED).touch()
     home.prune_checkpoints("r1", keep=1, spare=set())
     assert home.checkpoints("r1") == [LATER]
     assert places(home, "indexes", LATER) == before

@@ -12,9 +12,10 @@ from realm_core.answer import Answerer
 from realm_core.artifacts import mirror, retention
 from realm_core.artifacts.manifest import MANIFEST, PRUNED
 from realm_core.artifacts.publish import append_durably
-from realm_core.artifacts.store import Store
+from realm_core.artifacts.store import Store, checkpoint_key
 from realm_core.errors import ArtifactError, ConfigError
-from realm_core.stages import promote
+from realm_core.ports import NullSink
+from realm_core.stages import pretrain, promote
 from tests.unit.test_promote import flip_byte
 
 NAMES = [f"r1-s{step:07d}" for step in (0, 4, 5, 6, 7, 8)]
@@ -128,6 +129,21 @@ def test_nothing_goes_live_while_it_is_being_dropped(grown: Store) -> None:
 def test_the_checkpoint_of_the_rollback_is_spared(grown: Store) -> None:
     live(grown, NAMES[0], NAMES[1])
     assert grown.prune_checkpoints("r1", keep=1, spare=set()) == []
+
+
+def test_every_index_that_is_still_there_can_be_asked(home: Store, refresh: Callable) -> None:
+    config = home.config()
+    for step in (4, 6, 8, 10, 12):
+        key = checkpoint_key("r1", step)
+        if step > 4:
+            made = {"corpus": home.newest("corpus"), "start": home.newest("ict"), "until": step}
+            pretrain.run(config, store=home, training_run="r1", sink=NullSink(), **made)
+            refresh(home, key)
+        home.prune_checkpoints("r1", keep=2, spare=set())
+        promote.run(config, store=home, name=key)
+    assert len(home.names("indexes")) == 6
+    for name in home.names("indexes"):
+        assert Answerer.open(home, as_of=name).live.index == name
 
 
 def test_the_command_says_what_goes_and_what_stays(grown: Store, realm: Callable) -> None:

@@ -349,6 +349,15 @@ def test_retention_leaves_other_runs_alone(store: Store) -> None:
     assert store.checkpoints("r2") == other
 
 
+def test_retention_spares_what_an_index_or_a_reader_that_is_still_there_was_made_from(store: Store) -> None:
+    keys = checkpoints(store, 0, 5, 10, 15, 20, 25)
+    make(store, "indexes", keys[0])
+    make(store, "indexes", f"{keys[1]}+v0002")
+    make(store, "readers", keys[2])
+    (make(store, "indexes", keys[3]) / PRUNED).touch()
+    assert store.prune_checkpoints("r1", keep=1, spare=set()) == [keys[3], keys[4]]
+
+
 def test_what_retention_drops_keeps_its_manifest_and_says_so(store: Store) -> None:
     keys = checkpoints(store, 0, 5, 10)
     digest = store.manifest("checkpoints", keys[0]).digest
