@@ -88,7 +88,15 @@ class OptimizerConfig(Section):
     clip_norm: float = Field(1.0, gt=0)
 
 
-class InParts(Section):
+class Scheduled(Section):
+    """Of a stage that trains: its rate rises from 0 over the warm-up and falls to 0 at the last step."""
+
+    steps: PositiveInt
+    # Updates of the warm-up. None: the original's min(10000, max(100, steps / 10)), longer than a run of 100 steps.
+    warmup_steps: PositiveInt | None = None
+
+
+class InParts(Scheduled):
     """Of a stage whose steps can be computed in parts: in micro-batches, one after another or in several processes."""
 
     batch: PositiveInt
@@ -225,7 +233,7 @@ class RetentionConfig(Section):
     grace_seconds: float = Field(3600, ge=0)  # a version that was live a moment ago may just be being opened
 
 
-class ReaderConfig(Section):
+class ReaderConfig(Scheduled):
     """Open-domain QA fine-tuning of question tower and reader."""
 
     steps: PositiveInt = 158_336  # two epochs of NaturalQuestions

@@ -57,8 +57,10 @@ class _Ict:
         self.corpus, self.config, self.device, self.world = corpus, config, device, world
         self.parts = parts_of(config.ict, "ict", world)
         self.batch = min(config.ict.batch, len(corpus))
-        modules, rates = {"retriever": model.retriever}, {"retriever": config.ict.lr}
-        self.updater = Updater(modules, rates, config.ict.steps, config.optimizer, world=world)
+        modules, rates, settings = {"retriever": model.retriever}, {"retriever": config.ict.lr}, config.ict
+        self.updater = Updater(
+            modules, rates, settings.steps, config.optimizer, world=world, warmup=settings.warmup_steps
+        )
 
     def step(self, step: int) -> dict[str, float]:
         """One update. Returns its metrics; none if fewer than two rows gave an example."""

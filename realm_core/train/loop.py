@@ -46,6 +46,7 @@ class RealmTrainer:
             self.config.optimizer,
             settings.max_nan_steps,
             self.world,
+            settings.warmup_steps,
         )
         self.model.retriever.checkpointing = self.model.encoder.checkpointing = settings.checkpointing
         self.rows = usable_rows(self.corpus, settings.masking)

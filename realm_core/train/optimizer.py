@@ -88,11 +88,13 @@ def bert_learning_rate(step: int, base: float, warmup: int, total: int) -> float
 
 
 def warmup_steps(total: int) -> int:
-    """min(10000, max(100, total // 10)), the rule of all three stages; runs too short for it warm up for a tenth."""
+    """min(10000, max(100, total // 10)), the rule of all three stages (original code: language/realm, language/orqa).
+
+    A run of 100 steps or fewer ends within it; short runs name a warm-up of their own.
+    """
     if total < 1:
         raise ConfigError(f"training steps={total}: must be at least 1")
-    rule = min(10_000, max(100, total // 10))
-    return rule if rule < total else total // 10
+    return min(10_000, max(100, total // 10))
 
 
 def build_optimizer(

@@ -94,7 +94,7 @@ def train_reader(
         retrieval.retriever.eval()  # dropout would make the choice below a matter of luck
     usable = _answerable(corpus, questions, ids, retrieval, settings.reader_beam, device)
     rates = {"reader": settings.lr, "question_tower": settings.tower_lr}
-    updater = Updater(modules, rates, settings.steps, config.optimizer)
+    updater = Updater(modules, rates, settings.steps, config.optimizer, warmup=settings.warmup_steps)
     bar = Progress("fine-tune reader", settings.steps)
     history = []
     for module in modules.values():

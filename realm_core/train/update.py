@@ -34,7 +34,7 @@ class Updater:
     """Optimiser, schedule, clipping, and the rule for losses that are not finite.
 
     A step is `begin`, `add` for the loss of every micro-batch, `finish`; `apply` is all three. Losses are parts of one sum:
-    the caller divides by the size of the whole batch.
+    the caller divides by the size of the whole batch. `warmup` None follows the rule of the original.
     """
 
     def __init__(
@@ -45,10 +45,11 @@ class Updater:
         config: OptimizerConfig,
         max_nan_steps: int = 3,
         world: World = _ALONE,
+        warmup: int | None = None,
     ) -> None:
         self.modules = dict(modules)
         self.total = total
-        self.warmup = warmup_steps(total)
+        self.warmup = warmup or warmup_steps(total)
         self.config = config
         self.max_nan_steps = max_nan_steps
         self.nan_steps = 0

@@ -47,7 +47,7 @@ def warm_up(
     probe = Probe(corpus, config, model)
     rows = np.array([row for row in range(len(corpus)) if row not in probe.rows])
     modules, rates = {"encoder": model.encoder}, {"encoder": settings.lr}
-    updater = Updater(modules, rates, settings.steps, config.optimizer, world=world)
+    updater = Updater(modules, rates, settings.steps, config.optimizer, world=world, warmup=settings.warmup_steps)
     bar = Progress("encoder warm-up", settings.steps)
     history: list[dict[str, float]] = []
     gain: Gain | None = None

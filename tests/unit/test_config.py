@@ -126,6 +126,18 @@ def test_a_wrong_override_is_one_line_with_the_next_move(override: str, message:
     assert "\n" not in str(caught.value)
 
 
+def test_short_profiles_name_their_warm_up_and_the_papers_run_follows_the_rule() -> None:
+    def named(profile: str) -> list[int | None]:
+        config = load_config(None, profile)
+        return [section.warmup_steps for section in (config.ict, config.warmup, config.pretrain, config.reader)]
+
+    assert named("base") == [None] * 4
+    assert named("demo") == [1, 4, 4, 3]
+    assert named("tiny") == [1, 1, 1, 1]
+    with pytest.raises(ConfigError, match=r"ict\.warmup_steps: .*greater than 0"):
+        load_config(None, "tiny", ["ict.warmup_steps=0"])
+
+
 def test_the_digest_covers_the_named_sections_and_the_seed_alone() -> None:
     plain = load_config(None, "tiny")
     assert plain.digest("ict") == load_config(None, "tiny", ["pretrain.steps=99"]).digest("ict")

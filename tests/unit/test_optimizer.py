@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
+from realm_core.config import OptimizerConfig
 from realm_core.errors import ArtifactError, ConfigError
 from realm_core.train.optimizer import (
     BertAdam,
@@ -16,6 +17,7 @@ from realm_core.train.optimizer import (
     set_learning_rate,
     warmup_steps,
 )
+from realm_core.train.update import Updater
 
 
 def linear(seed: int = 0) -> nn.Linear:
@@ -72,10 +74,23 @@ def test_the_first_update_has_rate_zero_and_warm_up_ends_with_a_jump_down() -> N
 
 @pytest.mark.parametrize(
     ("total", "expected"),
-    [(200_000, 10_000), (50_000, 5_000), (1_000, 100), (101, 100), (100, 10), (12, 1), (1, 0)],
+    [(200_000, 10_000), (50_000, 5_000), (1_999, 199), (1_000, 100), (101, 100), (100, 100), (12, 100), (1, 100)],
 )
-def test_warm_up_follows_the_rule_and_stays_below_the_total(total: int, expected: int) -> None:
-    assert warmup_steps(total) == expected < total
+def test_warm_up_follows_the_rule_of_the_original_however_short_the_run(total: int, expected: int) -> None:
+    assert warmup_steps(total) == expected
+
+
+@pytest.mark.parametrize(("total", "own", "expected"), [(8, None, 100), (8, 1, 1), (2_000, None, 200), (2_000, 7, 7)])
+def test_a_run_may_name_its_own_warm_up_and_its_first_rate_is_zero_all_the_same(
+    total: int, own: int | None, expected: int
+) -> None:
+    updater = Updater({"m": linear()}, {"m": 0.1}, total, OptimizerConfig(), warmup=own)
+    assert updater.warmup == expected
+    for step in (0, 1):
+        updater.begin(step)
+        rate = bert_learning_rate(step, 0.1, expected, total)
+        assert [group["lr"] for group in updater.optimizer.param_groups] == [rate] * 2
+        assert (rate == 0.0) == (step == 0)
 
 
 def test_no_steps_are_refused() -> None:
