@@ -19,6 +19,9 @@ from realm_core.errors import ConfigError
 OPERATION = ("gate", "refresh", "retention", "supervise", "retrain")
 
 
+RANDOM_MASK_RATE = 0.15  # share of a sentence's wordpieces that the random schemes mask, as in BERT
+
+
 class Section(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
 
@@ -122,7 +125,8 @@ class WarmupConfig(InParts):
     span_rate: float = Field(0.5, ge=0, le=1)  # share of examples with salient spans; the rest mask random tokens
     probe_queries: PositiveInt = 128  # held-out sentences that show whether a document helps
     probe_every: int = Field(0, ge=0)  # steps between two looks; 0 looks at the end only
-    ready_gain: float | None = None  # nats a masked wordpiece gained from the right document that end the warm-up early
+    # Nats a masked wordpiece gained from the right document that end the warm-up early; joint training wants as many.
+    ready_gain: float | None = None
 
 
 class PretrainConfig(InParts):
@@ -133,7 +137,8 @@ class PretrainConfig(InParts):
     lr: float = Field(3e-5, gt=0)  # knowledge-augmented encoder
     embedder_lr: float = Field(3e-5, gt=0)  # retriever; keep it at or below lr
     candidates: int = Field(8, ge=2)  # the null document included
-    max_masks: int = Field(10, ge=1)
+    # Wordpieces to predict in one query. None: 10, or the share that a random scheme masks of the longest query.
+    max_masks: PositiveInt | None = None
     masking: Literal["salient", "random_token", "random_span"] = "salient"
     marginal: Literal["token", "joint"] = "token"  # token: released code; joint: the paper's equation
     checkpoint_every: PositiveInt = 500
@@ -147,6 +152,7 @@ class PretrainConfig(InParts):
     near_duplicate_share: float = Field(
         0.5, gt=0, le=1
     )  # of the shorter text's 8-wordpiece shingles that both texts hold
+    require_ready: bool = False  # refuse a run whose encoder the probe does not find ready; false: warn
     index_wait_seconds: float = Field(3600, gt=0)  # how long step 0 waits for a first live index
 
 
@@ -249,7 +255,7 @@ class ReaderConfig(Scheduled):
 class EvaluateConfig(Section):
     """How answers and retrieval are scored."""
 
-    ks: tuple[PositiveInt, ...] = (1, 5, 20)
+    ks: tuple[PositiveInt, ...] = Field((1, 5, 20), min_length=1)
     rule: Literal["tokens", "substring"] = "tokens"  # what counts as "this passage contains the answer"
     dev_questions: PositiveInt = 2000  # at most so many dev questions score an index version
 
@@ -310,6 +316,15 @@ class Config(Section):
                 "set it to 1, or choose cpu or cuda"
             )
         return self
+
+    @property
+    def max_masks(self) -> int:
+        """Wordpieces to predict in one query at most: `pretrain.max_masks`, or what the masking asks for."""
+        settings = self.pretrain
+        if settings.max_masks is not None:
+            return settings.max_masks
+        share = round(RANDOM_MASK_RATE * (self.lengths.query - 2))  # two special tokens are never masked
+        return 10 if settings.masking == "salient" else max(10, share)
 
     def require_fits(self, blocks: int, *settings: str) -> None:
         """Raise ConfigError if one of `settings` (all that count blocks by default) asks for more blocks than there are."""

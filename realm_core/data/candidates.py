@@ -57,8 +57,10 @@ def select_candidates(
     `uids[i]` identifies the text of `retrieved_rows[i]` (document_uid or block_id, both mean equal title and text) and
     `origin_uid` the block the query came from; None when it comes from another corpus. A row that `repeats_origin` is
     dropped as well; it is asked about no more rows than are needed. Fewer than k rows come back when too few were
-    retrieved: ask the index for some more than k.
+    retrieved: ask the index for some more than k. Raises ValueError for k < 1: the null document is always there.
     """
+    if k < 1:
+        raise ValueError(f"k={k}: at least the null document is a candidate")
     if len(retrieved_rows) != len(uids):
         raise ValueError(f"{len(retrieved_rows)} rows but {len(uids)} uids")
     rows, seen = [NULL_ROW], set()

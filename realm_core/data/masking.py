@@ -12,13 +12,13 @@ import numpy as np
 from jaxtyping import Int64
 from numpy import ndarray
 
+from realm_core.config import RANDOM_MASK_RATE
 from realm_core.corpus.shards import Corpus
 from realm_core.errors import ConfigError
 
 NO_SPAN = "no_valid_spans"
 TRUNCATED = "masks_truncated"
 NO_TOKENS = "no_tokens_masked"
-RANDOM_RATE = 0.15  # share of a sentence's wordpieces masked by the random schemes, as in BERT
 SPAN_CONTINUES = 0.8  # SpanBERT: geometric span lengths with p = 0.2 …
 LONGEST_RANDOM_SPAN = 10  # … clipped here
 
@@ -76,7 +76,7 @@ def masked_query(
             return None, NO_TOKENS
         low, high = sentence_range(starts, len(token_ids), int(rng.integers(len(starts))))
         fitting = min(high - low, query_len - 2)
-        budget = min(max(1, round(RANDOM_RATE * fitting)), max_masks)
+        budget = min(max(1, round(RANDOM_MASK_RATE * fitting)), max_masks)
         pick = random_tokens if scheme == "random_token" else random_spans
         chosen = pick(fitting, budget, rng)
     else:
@@ -96,7 +96,10 @@ def mask_tokens(
     """Replace the chosen wordpieces of a sentence by [MASK]; always, without BERT's 80/10/10 rule.
 
     A query whose last mask would be cut off is refused (original code: language/realm, featurization).
+    Raises ValueError unless `max_masks` allows one.
     """
+    if max_masks < 1:
+        raise ValueError(f"max_masks={max_masks}: a query without a wordpiece to predict teaches nothing")
     chosen = np.asarray(chosen, dtype=np.int64)
     if len(chosen) == 0:
         return None, NO_TOKENS

@@ -23,6 +23,7 @@ from realm_core.model.reader import Reader
 from realm_core.ports import MetricSink
 from realm_core.stages import CODE
 from realm_core.stages.questions import load as load_questions
+from realm_core.train.parts import require_positions
 from realm_core.train.reader import DenseRetrieval, FixedRetrieval, train_reader
 from realm_core.train.update import seed_of
 
@@ -63,6 +64,7 @@ def run(
     config.require_fits(len(blocks), "reader.searcher_beam")
     device = resolve(config.runtime)
     model = RealmModel.load(checkpoint).to(device.torch_device)
+    require_positions(model.encoder.shape, reader=config.lengths.reader)
     reader = Reader(model.encoder.shape, config.reader.span_hidden, config.reader.max_span_width)
     reader.initialise(torch.Generator().manual_seed(seed_of(config.seed, "reader head")))
     reader.realm.load_state_dict(model.encoder.realm.state_dict())

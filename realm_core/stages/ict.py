@@ -15,6 +15,7 @@ from realm_core.ports import MetricSink
 from realm_core.stages import CODE
 from realm_core.stages.processes import world_of
 from realm_core.train.ict import train_ict
+from realm_core.train.parts import require_lengths
 from realm_core.train.warmup import warm_up
 
 SECTIONS = ("runtime", "model", "lengths", "optimizer", "ict", "warmup")
@@ -59,4 +60,6 @@ def run(config: Config, *, corpus: Path, out: Path, sink: MetricSink) -> Manifes
 
 def _start(config: Config, blocks: Corpus) -> RealmModel:
     start = load_start_weights(config.model, blocks.tokenizer.vocab_size)
-    return new_model(config.model, start, blocks.tokenizer, config.seed)
+    model = new_model(config.model, start, blocks.tokenizer, config.seed)
+    require_lengths(model, config)  # now, and not after hours of the first of three stages
+    return model

@@ -29,6 +29,8 @@ from realm_core.train.follower import IndexFollower
 from realm_core.train.guard import CollapseError, CollapseGuard
 from realm_core.train.loop import RealmTrainer, optimizer_file, run_steps
 from realm_core.train.optimizer import load_optimizer_tensors, optimizer_tensors
+from realm_core.train.parts import require_lengths
+from realm_core.train.probe import Gain, Probe
 from realm_core.train.update import DivergedError
 
 SECTIONS = ("runtime", "model", "lengths", "optimizer", "pretrain")
@@ -70,7 +72,7 @@ def run(
                 taken = store.training_lease(training_run).hold(f"a trainer of {training_run}", patience=1.0)
                 held.append(until_the_end.enter_context(taken))
             if not store.checkpoints(training_run):
-                _publish_start(config, store, training_run, corpus, start)
+                _publish_start(config, store, training_run, corpus, start, sink)
             key = store.checkpoints(training_run)[-1]
             _require_not_collapsed(store, training_run, parse_key(key)[1])
             return key
@@ -112,11 +114,7 @@ class _Run:
         self.sink = FanOutSink(JsonLinesSink(self.folder / STEPS), sink) if world.leads else NullSink()
         self.device = resolve(config.runtime, shared=True, world=world)
         model = RealmModel.load(newest).to(self.device.torch_device)
-        queries = Corpus.open(corpus)
-        if queries.tokenizer.digest != model.tokenizer.digest:
-            raise ArtifactError(
-                f"{corpus}: other vocabulary than {newest}; build it with --vocabulary of the first corpus"
-            )
+        queries = _open_for(model, corpus, newest)
         self.trainer = RealmTrainer(config, model, queries, self.device, world)
         if optimizer_file(newest).exists():
             load_optimizer_tensors(self.trainer.updater.optimizer, load_file(optimizer_file(newest)))
@@ -235,7 +233,14 @@ class _Run:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def _publish_start(config: Config, store: Store, name: str, corpus: Path, start: Path) -> None:
+def _open_for(model: RealmModel, corpus: Path, start: Path) -> Corpus:
+    queries = Corpus.open(corpus)
+    if queries.tokenizer.digest != model.tokenizer.digest:
+        raise ArtifactError(f"{corpus}: other vocabulary than {start}; build it with --vocabulary of the first corpus")
+    return queries
+
+
+def _publish_start(config: Config, store: Store, name: str, corpus: Path, start: Path, sink: MetricSink) -> None:
     manifest = open_artifact(start)
     if (start / QUARANTINED).exists():
         raise ArtifactError(f"{start}: set aside after a collapse; start from an earlier checkpoint")
@@ -244,8 +249,44 @@ def _publish_start(config: Config, store: Store, name: str, corpus: Path, start:
     parents = {STARTS[manifest.stands_for]: manifest, "corpus": read_manifest(corpus)}
     out = store.path("checkpoints", checkpoint_key(name, 0))
     with building(out, _plan(config, parents)) as build:
-        RealmModel.load(start).save(build.folder)
-        build.commit({"run": name, "step": 0, "metrics": {}, "index_timeline": []})
+        model = RealmModel.load(start)
+        readiness = _require_ready(config, corpus, start, model)
+        model.save(build.folder)
+        build.commit({"run": name, "step": 0, "metrics": {}, "index_timeline": [], "readiness": readiness})
+    if readiness:
+        sink.log(0, readiness)
+
+
+def _require_ready(config: Config, corpus: Path, start: Path, model: RealmModel) -> dict[str, float]:
+    """What the probe finds before joint training, which an encoder that ignores documents turns into a collapse.
+
+    A warm-up on this corpus has measured these weights, and warned; others are measured here. Raises ConfigError for an
+    encoder that is not ready where the settings ask for one.
+    """
+    wanted, asked = config.warmup.ready_gain or 0.0, config.pretrain.require_ready
+    made = read_manifest(start)
+    known = (
+        Gain.of(made.facts.get("metrics", {})) if made.parents.get("corpus") == read_manifest(corpus).digest else None
+    )
+    gain = known or _measure(config, corpus, start, model)
+    if gain is not None and gain.reaches(wanted):
+        return gain.metrics()
+    found = f"{gain.over_null:.2f} +- {gain.error:.2f}" if gain else "an unknown number of"
+    told = (
+        f"{start}: before joint training the right document adds {found} nats a masked wordpiece, wanted {wanted:.2f}"
+    )
+    if asked:
+        raise ConfigError(f"{told}; raise warmup.steps, or set pretrain.require_ready=false")
+    if known is None:
+        print(f"warning: {told}: the retriever will learn little; raise warmup.steps", file=sys.stderr, flush=True)
+    return gain.metrics() if gain else {}
+
+
+def _measure(config: Config, corpus: Path, start: Path, model: RealmModel) -> Gain | None:
+    queries = _open_for(model, corpus, start)
+    require_lengths(model, config)
+    device = resolve(config.runtime, shared=True)
+    return Probe(queries, config, model.to(device.torch_device)).measure(device)
 
 
 def _plan(config: Config, parents: dict[str, Manifest]) -> Plan:

@@ -84,7 +84,7 @@ class RealmTrainer:
             rng_for_step(self.config.seed, step, purpose=3),
             scheme=settings.masking,
             query_len=self.config.lengths.query,
-            max_masks=settings.max_masks,
+            max_masks=self.config.max_masks,
             tokenizer=self.model.tokenizer,
         )
 
@@ -117,7 +117,7 @@ class RealmTrainer:
             doc_len=lengths.document,
             tokenizer=self.model.tokenizer,
             device=self.device,
-            max_masks=settings.max_masks,
+            max_masks=self.config.max_masks,
             count=settings.candidates,
         )
 

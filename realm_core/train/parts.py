@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from realm_core.config import InParts, micro_batches
+from realm_core.config import Config, InParts, micro_batches
 from realm_core.errors import ConfigError
+from realm_core.model.bundle import RealmModel
 from realm_core.model.encoder import EncoderShape
 from realm_core.model.world import World
 
@@ -23,6 +24,18 @@ def require_positions(shape: EncoderShape, **lengths: int) -> None:
             raise ConfigError(
                 f"lengths.{name}={length} exceeds the {shape.max_positions} positions of the model; shorten it"
             )
+
+
+def require_lengths(model: RealmModel, config: Config) -> None:
+    """Raise ConfigError unless every sequence of the settings fits the model that its start weights made."""
+    lengths = config.lengths
+    require_positions(
+        model.retriever.embedder.shape,
+        ict_query=lengths.ict_query,
+        query=lengths.query,
+        document=lengths.document,
+    )
+    require_positions(model.encoder.shape, joint=lengths.joint, reader=lengths.reader)
 
 
 def sum_metrics(world: World, found: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -5,8 +5,8 @@ asks a fixed set of held-out masked sentences: how much likelier does the encode
 own block than beside the null document, and than beside a block drawn at random?
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from realm_core.model.bundle import RealmModel
 from realm_core.model.device import Device
 from realm_core.model.objectives import gold_log_probability
 
+_PREFIX = "warmup/gain_"
 _CERTAIN = 2.0  # standard errors that a gain must lie above what is asked for
 
 
@@ -37,6 +38,17 @@ class Gain:
     def reaches(self, wanted: float) -> bool:
         """Whether the gain over the null document is `wanted` or more, chance excluded."""
         return self.over_null - _CERTAIN * self.error >= wanted
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names that the warm-up logs and writes into its manifest."""
+        return {f"{_PREFIX}{name}": value for name, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, metrics: Mapping[str, float]) -> "Gain | None":
+        """What `metrics` wrote; None where nothing was measured."""
+        names = [field.name for field in fields(cls)]
+        known = {name: metrics[f"{_PREFIX}{name}"] for name in names if f"{_PREFIX}{name}" in metrics}
+        return cls(**known) if len(known) == len(names) else None
 
 
 class Probe:
@@ -94,7 +106,7 @@ def draw(
 ) -> MaskedQuery | None:
     """A masked sentence of a block: salient spans at this rate, else random wordpieces; None if the block has none."""
     scheme = "salient" if rng.random() < span_rate else "random_token"
-    return masked_query(corpus, row, rng, scheme, config.lengths.query, config.pretrain.max_masks, model.tokenizer)[0]
+    return masked_query(corpus, row, rng, scheme, config.lengths.query, config.max_masks, model.tokenizer)[0]
 
 
 def without_sentence(corpus: Corpus, query: MaskedQuery) -> Ids:
@@ -114,7 +126,7 @@ def gold_logp(
         for query, body in zip(queries, bodies, strict=True)
     ]
     static = device.static
-    masks = config.pretrain.max_masks if static else max(len(query.targets) for query in queries)
+    masks = config.max_masks if static else max(len(query.targets) for query in queries)
     positions, targets, real = (torch.from_numpy(x).to(device.torch_device) for x in pad_masks(list(queries), masks))
     with device.autocast():
         logits = model.encoder(*to_tensors(stack(inputs, model.tokenizer.pad_id, trim=not static), device), positions)

@@ -58,7 +58,7 @@ def warm_up(
         last = done == settings.steps
         if last or (settings.probe_every and done % settings.probe_every == 0):
             gain = probe.measure(device)
-            metrics |= _as_metrics(gain)
+            metrics |= gain.metrics() if gain else {}
         history.append(metrics)
         if world.leads:
             sink.log(step, metrics)
@@ -68,7 +68,7 @@ def warm_up(
             break
     if world.leads:
         _warn_unless_ready(gain, settings.ready_gain)
-    return tail_means(history) | {"warmup/steps": float(len(history))} | _as_metrics(gain)
+    return tail_means(history) | {"warmup/steps": float(len(history))} | (gain.metrics() if gain else {})
 
 
 def _step(
@@ -141,16 +141,6 @@ def _metrics(
 
 def _document(corpus: Corpus, query: MaskedQuery, rng: np.random.Generator) -> Ids:
     return without_sentence(corpus, query) if rng.random() < _TAKE_OUT_RATE else corpus.token_ids(query.row)
-
-
-def _as_metrics(gain: Gain | None) -> dict[str, float]:
-    if gain is None:
-        return {}
-    return {
-        "warmup/gain_over_null": gain.over_null,
-        "warmup/gain_over_random": gain.over_random,
-        "warmup/gain_error": gain.error,
-    }
 
 
 def _warn_unless_ready(gain: Gain | None, wanted: float | None) -> None:

@@ -113,6 +113,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             "reader.reader_beam=21",
             "reader.reader_beam=21 exceeds reader.searcher_beam=20: no more blocks can be read than are retrieved; lower it",
         ),
+        ("evaluate.ks=[]", r"evaluate\.ks: .*at least 1 item"),
         ("model.heads=3", "model.hidden_size=32 is not a multiple of model.heads=3; change one"),
         (
             "model.encoder_layers=2",

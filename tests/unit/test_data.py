@@ -16,6 +16,7 @@ from realm_core.data.ict import ict_batch
 from realm_core.data.masking import NO_SPAN, NO_TOKENS, TRUNCATED, mask_tokens, masked_query, pad_masks
 from realm_core.data.questions import Question, read_questions, split_of, write_questions
 from realm_core.errors import ConfigError, DataError
+from realm_core.params import load_config
 from realm_core.text.tokenizer import Tokenizer, build_vocabulary
 
 DOCUMENTS = [
@@ -160,6 +161,27 @@ def test_random_masking_hides_fifteen_percent_within_the_limits(corpus: Corpus, 
         assert query.positions.max() <= 10
         assert (query.token_ids[query.positions - 1] == tokenizer.mask_id).all()
         assert tokenizer.mask_id not in query.targets
+
+
+@pytest.mark.parametrize("scheme", ["random_token", "random_span"])
+def test_the_longest_query_of_a_random_scheme_has_all_of_its_fifteen_percent_to_predict(
+    tmp_path: Path, scheme: str
+) -> None:
+    text = " ".join(["word"] * 94) + "."
+    write_shards([Document("a", "T", text)], tmp_path, Tokenizer(build_vocabulary([text], 300)), limit=288)
+    long, rng = Corpus.open(tmp_path), np.random.default_rng(5)
+    for profile, expected in ((["pretrain.max_masks=10"], 10), ([], 14)):
+        config = load_config(None, "base", [f"pretrain.masking={scheme}", *profile])
+        query, _ = masked_query(long, 0, rng, scheme, config.lengths.query, config.max_masks, long.tokenizer)
+        assert len(query.targets) == expected <= config.max_masks
+    assert load_config(None, "base").max_masks == 10
+
+
+def test_a_budget_of_no_masks_and_of_no_candidates_is_a_bug() -> None:
+    with pytest.raises(ValueError, match="max_masks=0"):
+        mask_tokens([11, 12], [0], 0, 20, 0, 103)
+    with pytest.raises(ValueError, match="k=0"):
+        select_candidates([1, 2], None, ["a", "b"], 0)
 
 
 def test_the_origin_never_comes_back_and_repetitions_count_once() -> None:

@@ -383,6 +383,40 @@ def test_a_new_run_may_start_from_a_checkpoint_of_another_one(home: Store) -> No
         train(home, run="r3", start=good)
 
 
+# --- readiness -------------------------------------------------------------------------------------------------------
+
+NEVER = 99.0  # nats that no document adds
+
+
+def test_what_the_warm_up_measured_is_in_the_first_checkpoint(home: Store) -> None:
+    measured = home.manifest("ict", "v0001").facts["metrics"]
+    names = {"warmup/gain_over_null", "warmup/gain_over_random", "warmup/gain_error"}
+    assert home.manifest("checkpoints", FIRST).facts["readiness"] == {name: measured[name] for name in names}
+
+
+def test_a_start_without_a_warm_up_is_measured_before_the_first_step(
+    home: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sink = MemorySink()
+    train(home, sink, run="r2", start=home.path("checkpoints", LATER), until=0)
+    found = home.manifest("checkpoints", checkpoint_key("r2", 0)).facts["readiness"]
+    assert sink.rows == [(0, found)] and found["warmup/gain_error"] > 0
+    told = f"adds {found['warmup/gain_over_null']:.2f} +- {found['warmup/gain_error']:.2f} nats a masked wordpiece"
+    assert f"before joint training the right document {told}, wanted 0.00" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("measured", [True, False], ids=["by the warm-up", "here"])
+def test_an_encoder_that_is_not_ready_is_refused_where_that_is_asked_for(home: Store, measured: bool) -> None:
+    set_config(home, ("pretrain", "require_ready", True), ("warmup", "ready_gain", NEVER))
+    start = home.newest("ict") if measured else home.path("checkpoints", LATER)
+    told = r"nats a masked wordpiece, wanted 99\.00; raise warmup\.steps, or set pretrain\.require_ready=false"
+    with pytest.raises(ConfigError, match=told):
+        train(home, run="r2", start=start, until=0)
+    assert "r2-s0000000" not in home.names("checkpoints")  # so that other settings are still possible
+    set_config(home, ("warmup", "ready_gain", -NEVER))
+    train(home, run="r2", start=start, until=0)
+
+
 def test_an_index_of_a_quarantined_checkpoint_cannot_go_live(home: Store) -> None:
     home.quarantine(LATER, "collapsed")
     with pytest.raises(GateError, match="its checkpoint r1-s0000004 is quarantined; promote an earlier version"):

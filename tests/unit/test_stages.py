@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from realm_core.artifacts.manifest import read_manifest
 from realm_core.artifacts.store import BY_CHECKPOINT, VERSIONED, Store
-from realm_core.config import Config
-from realm_core.errors import ArtifactError, DataError
+from realm_core.config import Config, ModelConfig
+from realm_core.errors import ArtifactError, ConfigError, DataError
 from realm_core.index.snapshot import read_matrix
 from realm_core.model.bundle import EMBEDDER
+from realm_core.model.weights import StartWeights, load_start_weights
 from realm_core.ports import MemorySink
 from realm_core.stages import corpus, evaluate, finetune, ict, index, qualify, questions, reembed
 from tests.versions import FIRST, LATER, SINK, open_later, reseal, set_config
@@ -42,6 +44,25 @@ def test_the_same_inputs_and_settings_give_the_same_digests_again(
 def test_another_seed_gives_other_digests(tiny_home: Store, build_home: Callable, tmp_path: Path) -> None:
     other = digests(build_home(tmp_path / "other", "seed=8"))
     assert not set(other.values()) & set(digests(tiny_home).values())
+
+
+@pytest.mark.parametrize(
+    ("positions", "named"), [(80, "lengths.joint=96 "), (95, "lengths.joint=96 "), (40, "lengths.document=64 ")]
+)
+def test_lengths_that_the_start_weights_cannot_hold_are_refused_before_the_first_step(
+    tiny_home: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positions: int, named: str
+) -> None:
+    def shorter(model: ModelConfig, vocabulary: int) -> StartWeights:
+        start = load_start_weights(model, vocabulary)
+        return replace(start, shape=replace(start.shape, max_positions=positions))
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a step was made")
+
+    monkeypatch.setattr(ict, "load_start_weights", shorter)
+    monkeypatch.setattr(ict, "train_ict", refuse)
+    with pytest.raises(ConfigError, match=f"{named}exceeds the {positions} positions of the model; shorten it"):
+        ict.run(tiny_home.config(), corpus=tiny_home.newest("corpus"), out=tmp_path / "ict", sink=SINK)
 
 
 def test_finished_work_is_not_done_again(tiny_home: Store, refresh: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
