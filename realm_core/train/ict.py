@@ -26,8 +26,10 @@ _ALONE = World()
 def train_ict(
     model: RealmModel, corpus: Corpus, config: Config, device: Device, sink: MetricSink, world: World = _ALONE
 ) -> dict[str, float]:
-    """Train the retriever in place. Returns means over the last tenth: loss, and in-batch accuracy of pairs whose sentence
-    was taken out of the block (`masked_accuracy`). Collective; only the first process logs."""
+    """Train the retriever in place. Returns means over the last tenth: loss, in-batch accuracy of all pairs, of those whose
+    sentence was taken out of the block (`masked_accuracy`) and of the others (`unmasked_accuracy`), the share of the former
+    (`removed_share`), and how much of the longest query and document was no padding (`query_fill`, `doc_fill`).
+    Collective; only the first process logs."""
     settings = config.ict
     if len(corpus) < 2:
         raise DataError(f"{corpus.folder}: {len(corpus)} block; the inverse cloze task needs two to choose from")
@@ -88,11 +90,29 @@ class _Ict:
         self.updater.note(found.loss)
         self.updater.finish(step)
         self.device.end_step()
-        removed_in_all = sum(example.removed for example in drawn)
-        metrics = {"ict/loss": float(found.loss), "ict/accuracy": float(found.hits.sum()) / len(drawn)}
-        if removed_in_all:
-            metrics["ict/masked_accuracy"] = float(found.hits[removed].sum()) / removed_in_all
-        return sum_metrics(self.world, [metrics])
+        metrics = (
+            {"ict/loss": float(found.loss)} | self._accuracies(found.hits, removed, drawn) | self._fill(arrays, drawn)
+        )
+        return sum_metrics(self.world, [metrics]) | {
+            "ict/removed_share": np.mean([each.removed for each in drawn]).item()
+        }
+
+    def _accuracies(self, hits: Tensor, removed: Tensor, drawn: Sequence[IctExample]) -> dict[str, float]:
+        """This process's share of the accuracy over all pairs, over those whose sentence was taken out of the block, and
+        over those whose sentence stayed; what is padding hits nothing."""
+        out = sum(example.removed for example in drawn)
+        metrics = {"ict/accuracy": float(hits.sum()) / len(drawn)}
+        if out:
+            metrics["ict/masked_accuracy"] = float(hits[removed].sum()) / out
+        if out < len(drawn):
+            metrics["ict/unmasked_accuracy"] = float(hits[~removed].sum()) / (len(drawn) - out)
+        return metrics
+
+    def _fill(self, arrays: Sequence[dict[str, np.ndarray]], drawn: Sequence[IctExample]) -> dict[str, float]:
+        """This process's share of how much of the lengths in the settings is no padding."""
+        lengths = {"query": self.config.lengths.ict_query, "doc": self.config.lengths.document}
+        words = {side: sum(int(batch[f"{side}_mask"][batch["real"]].sum()) for batch in arrays) for side in lengths}
+        return {f"ict/{side}_fill": words[side] / (len(drawn) * length) for side, length in lengths.items()}
 
     def _arrays(self, part: Sequence[IctExample]) -> dict[str, np.ndarray]:
         """Arrays of a micro-batch, on a device with static shapes as long and as many as they can be."""

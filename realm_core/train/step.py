@@ -13,6 +13,7 @@ from realm_core.model.bundle import RealmModel
 from realm_core.model.device import Device
 from realm_core.model.embedder import relevance
 from realm_core.model.objectives import (
+    document_utility,
     gold_log_probability,
     marginal_mlm_loss,
     null_probability,
@@ -68,8 +69,17 @@ def realm_step(
         "loss": float(loss.detach()),
         "utility": float(retrieval_utility(relevance_BC.detach(), gold_BCM.detach(), batch.real, whole.masks)),
         "null_probability": float(null_B.sum() / whole.examples),
+        "document_utility": float(_mean_document_utility(batch, gold_BCM.detach()).sum() / whole.examples),
     }
     return StepResult(loss, relevance_BC, gold_BCM, metrics)
+
+
+def _mean_document_utility(batch: RealmBatch, gold_logp: Float[Tensor, "B C M"]) -> Float[Tensor, " B"]:
+    """What the documents of a query add on average, each read on its own, however the retriever ranks them."""
+    retrieved_BC = batch.present.clone()
+    retrieved_BC[:, 0] = False  # the null document is what the others are compared with
+    utility_BC = document_utility(gold_logp, batch.real).masked_fill(~retrieved_BC, 0.0)
+    return utility_BC.sum(dim=1) / retrieved_BC.sum(dim=1).clamp(min=1)
 
 
 def at_least_float32(vectors: Tensor) -> Tensor:

@@ -12,15 +12,18 @@ from torch import nn
 from realm_core.artifacts.store import Store
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
-from realm_core.data.batches import split_evenly
+from realm_core.data.batches import rng_for_step, rows_for_step, split_evenly
+from realm_core.data.ict import ict_examples
 from realm_core.errors import ConfigError, RealmError
 from realm_core.index.embed import embed_blocks
 from realm_core.model.device import resolve
 from realm_core.model.objectives import ict_loss
 from realm_core.model.world import World
 from realm_core.params import config_from, load_config
+from realm_core.ports import MemorySink
 from realm_core.train import contrastive, loop
 from realm_core.train.contrastive import contrast
+from realm_core.train.ict import train_ict
 from realm_core.train.parts import parts_of
 from realm_core.train.step import StepResult
 from tests import training
@@ -205,6 +208,61 @@ def test_without_it_shapes_follow_the_batch(tiny_home: Store) -> None:
     for step in range(3):
         trainer.step(step, index)
     assert len(set(shapes)) > 2
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_the_cloze_task_logs_both_accuracies_and_how_full_its_sequences_are(
+    tiny_home: Store, micro_batch: int | None
+) -> None:
+    size = ("ict.batch=32", f"ict.micro_batch={micro_batch or 'null'}")
+    config = training.settings("ict.steps=1", "ict.mask_rate=0.5", *size)
+    model, sink, corpus = training.lively_model(tiny_home), MemorySink(), Corpus.open(tiny_home.newest("corpus"))
+    train_ict(model, corpus, config, resolve(config.runtime), sink)
+    ((_, found),) = sink.rows
+    rows = np.unique(rows_for_step(len(corpus), config.ict.batch, 0, config.seed))
+    drawn = [example for _, example in ict_examples(corpus, rows, rng_for_step(config.seed, 0, purpose=1), 0.5)]
+    out = sum(example.removed for example in drawn) / len(drawn)
+    assert 0 < out < 1 and found["ict/removed_share"] == pytest.approx(out)
+    together = out * found["ict/masked_accuracy"] + (1 - out) * found["ict/unmasked_accuracy"]
+    assert found["ict/accuracy"] == pytest.approx(together)
+    lengths = config.lengths
+    queries = [min(len(each.query_ids) + 2, lengths.ict_query) for each in drawn]
+    documents = [min(len(each.title_ids) + len(each.body_ids) + 3, lengths.document) for each in drawn]
+    assert found["ict/query_fill"] == pytest.approx(np.mean(queries) / lengths.ict_query)
+    assert found["ict/doc_fill"] == pytest.approx(np.mean(documents) / lengths.document)
+
+
+def test_padding_on_a_device_with_static_shapes_changes_no_metric_of_the_cloze_task(tiny_home: Store) -> None:
+    rows = []
+    for static in ("false", "true"):
+        config = training.settings(
+            "ict.steps=1", "ict.mask_rate=0.5", "ict.batch=32", f"runtime.static_shapes={static}"
+        )
+        sink, corpus = MemorySink(), Corpus.open(tiny_home.newest("corpus"))
+        train_ict(training.lively_model(tiny_home), corpus, config, resolve(config.runtime), sink)
+        rows.append(sink.rows[0][1])
+    assert rows[0] == pytest.approx(rows[1], abs=1e-4)
+
+
+def test_a_step_logs_what_the_documents_of_a_query_add_each_on_its_own(
+    tiny_home: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean over queries and their documents of equation 2 of the paper, whatever the micro-batches."""
+    step, seen = loop.realm_step, []
+
+    def watch(model: Any, batch: Any, *rest: Any) -> StepResult:
+        result = step(model, batch, *rest)
+        for present, real, gold in zip(batch.present, batch.real, result.gold_logp.detach(), strict=True):
+            added = [float((gold[c] - gold[0])[real].sum()) for c in range(1, len(present)) if present[c]]
+            seen.append(float(np.mean(added)))
+        return result
+
+    monkeypatch.setattr(loop, "realm_step", watch)
+    index = training.opened_index(tiny_home, training.settings())
+    for size in (4, 1):
+        seen.clear()
+        trainer = training.realm_trainer(tiny_home, training.settings(f"pretrain.micro_batch={size}"))
+        assert trainer.step(1, index)["document_utility"] == pytest.approx(np.mean(seen), abs=1e-5) != 0.0
 
 
 # --- what cannot hold ------------------------------------------------------------------------------------------------
