@@ -196,6 +196,18 @@ def test_the_cloze_loss_equals_the_sum_written_out_with_extra_documents_as_negat
     assert in_batch_accuracy(queries, documents).tolist() == right
 
 
+@examples
+@given(SEEDS, SIZES, SIZES, st.floats(-50, 50))
+def test_a_constant_added_to_all_scores_of_a_query_changes_no_cloze_loss(
+    seed: int, batch: int, extra: int, constant: float
+) -> None:
+    queries, documents = normal(seed, batch, 3, scale=1.0), normal(seed + 1, batch + extra, 3, scale=1.0)
+    shift = constant * torch.arange(1, batch + 1, dtype=torch.float64)[:, None]  # another constant for every query
+    shifted = torch.cat([queries, shift], dim=1), torch.nn.functional.pad(documents, (0, 1), value=1.0)
+    torch.testing.assert_close(shifted[0] @ shifted[1].T, queries @ documents.T + shift)
+    torch.testing.assert_close(ict_loss(*shifted), ict_loss(queries, documents), rtol=1e-9, atol=1e-9)
+
+
 def test_gold_log_probability_reads_the_target_column() -> None:
     logits = normal(4, 2, 3, 5)
     targets = torch.tensor([[0, 4, 2], [1, 1, 3]])
