@@ -5,7 +5,7 @@ from typing import Any
 
 from realm_core.artifacts.manifest import Manifest
 from realm_core.artifacts.publish import read_json_lines
-from realm_core.artifacts.store import Store
+from realm_core.artifacts.store import Store, parse_key
 from realm_core.config import OPERATION, Config, digest_of
 from realm_core.errors import ConfigError
 from realm_core.params import config_from, with_overrides
@@ -14,20 +14,30 @@ from realm_core.params import config_from, with_overrides
 def change(store: Store, overrides: list[str]) -> Config:
     """Change settings of the operation from now on; returns all settings.
 
-    Raises ConfigError for a setting that training or an artifact depends on: those are fixed once a run has begun.
+    Raises ConfigError for a setting that training or an artifact depends on: those are fixed once a run has begun. Those of
+    joint training are free again when a run has collapsed and no other may still go on: the next run needs other ones.
     """
     before = store.config()
     after = with_overrides(before, overrides, where=str(store.home / "home.json"))
     changed = sorted(differences(before, after))
-    fixed = [key for key in changed if key.partition(".")[0] not in OPERATION]
+    free = ", ".join(allowed := _free(store))
+    fixed = [key for key in changed if key.partition(".")[0] not in allowed]
     if fixed and store.names("checkpoints"):
-        free = ", ".join(OPERATION)
         raise ConfigError(
             f"{store.home}: {fixed[0]} is fixed since training began; {free} may change, else another --home"
         )
     if changed:
         store.write_settings({**store.settings(), "config": after.model_dump(mode="json")})
     return after
+
+
+def _free(store: Store) -> tuple[str, ...]:
+    """Sections that may change although a run has begun."""
+    runs = {run: store.checkpoints(run) for run in store.runs()}
+    last = store.config().pretrain.steps
+    collapsed = [run for run in runs if store.collapse(run)]
+    going_on = [run for run, keys in runs.items() if run not in collapsed and keys and parse_key(keys[-1])[1] < last]
+    return (*OPERATION, "pretrain") if collapsed and not going_on else OPERATION
 
 
 def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:

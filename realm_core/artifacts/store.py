@@ -34,6 +34,7 @@ from realm_core.params import config_from
 __all__ = ["BY_CHECKPOINT", "PRUNED", "VERSIONED", "Live", "Store", "checkpoint_key", "parse_key", "require_run_name"]
 
 SCHEMA = 1
+COLLAPSED = "collapsed.json"  # in the trainer folder of a run that collapsed
 VERSIONED = ("corpus", "pretrain_corpus", "questions", "ict", "sparse_readers")
 BY_CHECKPOINT = ("checkpoints", "snapshots", "indexes", "drifts", "verdicts", "evaluations", "readers", "results")
 _VERSION = re.compile(r"^v\d{4,}$")
@@ -243,6 +244,19 @@ class Store:
         """Set a checkpoint aside."""
         mark = self.path("checkpoints", checkpoint) / QUARANTINED
         write_durably(mark, json.dumps({"reason": reason, "time": time.time()}) + "\n")
+
+    def collapse(self, run: str) -> str | None:
+        """Why a run ended for good: its retriever collapsed; None while it may go on or has reached its end."""
+        with suppress(FileNotFoundError):
+            return str(json.loads((self.trainer(run) / COLLAPSED).read_text(encoding="utf-8"))["reason"])
+        return None
+
+    def end_collapsed(self, run: str, good: str, reason: str) -> None:
+        """Nothing goes on from this run but another one, from its checkpoint `good`; later ones are set aside."""
+        keys = self.checkpoints(run)
+        write_durably(self.trainer(run) / COLLAPSED, json.dumps({"reason": reason, "time": time.time()}) + "\n")
+        for key in keys[keys.index(good) + 1 :]:
+            self.quarantine(key, reason)
 
     def runs(self) -> list[str]:
         """Training runs that have left a checkpoint or a trainer folder."""

@@ -166,14 +166,13 @@ class _Run:
         """Set aside the checkpoints on the way down; says from which one to go on."""
         keys = self.store.checkpoints(self.name)
         good = [key for key in keys if self.guard.trusts(self.store.manifest("checkpoints", key).facts["metrics"])]
-        for key in keys[keys.index(good[-1]) + 1 :]:
-            self.store.quarantine(key, reason)
+        self.store.end_collapsed(self.name, good[-1], reason)
         live = self.store.live()
         stale = live is not None and parse_key(live.index)[0] == self.name and checkpoint_of(live.index) > good[-1]
         return (
             f"the last good checkpoint is {good[-1]}, later ones are set aside"
             + (f", and the live {live.index} is one of those: promote an earlier version" if live and stale else "")
-            + "; warm the encoder up longer or lower pretrain.embedder_lr, in another --home"
+            + f"; warm the encoder up longer in another --home, or {_another_run(self.store, good[-1])}"
         )
 
     def _after_step(self, done: int, metrics: dict[str, float]) -> None:
@@ -294,12 +293,20 @@ def _plan(config: Config, parents: dict[str, Manifest]) -> Plan:
 
 
 def _require_not_collapsed(store: Store, run: str, step: int) -> None:
-    for key in store.names("checkpoints"):
-        if parse_key(key)[0] == run and parse_key(key)[1] > step and store.is_quarantined(key):
-            raise RealmError(
-                f"{store.path('checkpoints', key)}: set aside after a collapse, and the same settings would collapse again; "
-                f"the last good one is {checkpoint_key(run, step)}; train with other settings in another --home"
-            )
+    if reason := store.collapse(run):
+        good = checkpoint_key(run, step)
+        raise RealmError(
+            f"{store.trainer(run)}: the run has collapsed and would again with the same settings ({reason}); "
+            f"the last good checkpoint is {good}; {_another_run(store, good)}"
+        )
+
+
+def _another_run(store: Store, good: str) -> str:
+    """The commands that go on in the same home from the last good checkpoint of a run that collapsed."""
+    return (
+        "lower the rate with realm settings --set pretrain.embedder_lr=… and go on with "
+        f"realm pretrain --run NEW --start {store.path('checkpoints', good)}"
+    )
 
 
 def _require_same_settings(folder: Path, manifest: Manifest, config: Config) -> None:

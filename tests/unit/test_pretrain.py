@@ -340,6 +340,7 @@ def test_a_collapse_ends_the_run_and_names_the_last_good_checkpoint(collapsed: t
     home, told = collapsed
     assert told.startswith("step 6: the retriever has collapsed onto the null document, p(null) 0.")
     assert "the last good checkpoint is r2-s0000000, later ones are set aside; warm the encoder up longer" in told
+    assert told.endswith(f"realm pretrain --run NEW --start {home.path('checkpoints', checkpoint_key('r2', 0))}")
     assert home.checkpoints("r2") == [checkpoint_key("r2", 0)]
     assert home.is_quarantined(checkpoint_key("r2", 4)) and not home.is_quarantined(checkpoint_key("r2", 0))
     assert home.has("checkpoints", checkpoint_key("r2", 4))  # kept for whoever asks why
@@ -348,9 +349,42 @@ def test_a_collapse_ends_the_run_and_names_the_last_good_checkpoint(collapsed: t
 def test_a_collapsed_run_is_not_taken_up_again(collapsed: tuple[Store, str]) -> None:
     home, _ = collapsed
     with pytest.raises(
-        RealmError, match="r2-s0000004: set aside after a collapse, and the same settings would collapse"
+        RealmError,
+        match=r"trainer/r2: the run has collapsed .*; the last good checkpoint is r2-s0000000; lower the rate",
     ):
         train(home, run="r2")
+
+
+def test_a_run_that_collapsed_before_it_left_a_checkpoint_is_not_taken_up_again_either(home: Store) -> None:
+    set_config(home, ("pretrain", "max_null_probability", 0.01), ("pretrain", "guard_window", 2))
+    for told in ("step 2: the retriever has collapsed", "trainer/r2: the run has collapsed"):
+        with pytest.raises(RealmError, match=told):
+            train(home, run="r2")
+    assert home.names("checkpoints")[-1] == checkpoint_key("r2", 0)
+
+
+def test_another_run_goes_on_in_the_same_home_with_other_settings(home: Store, realm: Callable) -> None:
+    train(home)  # r1 has come to its end
+    set_config(home, ("pretrain", "max_null_probability", 0.01), ("pretrain", "guard_window", 6))
+    place, remedy = ("--home", home.home), ("--set", "pretrain.max_null_probability=1")
+    assert "pretrain.max_null_probability is fixed since training began" in realm("settings", *place, *remedy)[2]
+    with pytest.raises(RealmError, match="step 6: the retriever has collapsed"):
+        train(home, run="r2")
+    assert "model.dropout is fixed since training" in realm("settings", *place, "--set", "model.dropout=0.2")[2]
+    assert realm("settings", *place, *remedy)[0] == 0
+    good = home.path("checkpoints", checkpoint_key("r2", 0))
+    assert realm("pretrain", *place, "--run", "r3", "--start", good)[0] == 0
+    assert home.checkpoints("r3")[-1] == checkpoint_key("r3", 12)
+    assert home.manifest("checkpoints", checkpoint_key("r3", 0)).parents["start"] == read_manifest(good).digest
+    assert "may change, else another --home" in realm("settings", *place, "--set", "seed=3")[2]
+
+
+def test_settings_of_joint_training_stay_while_another_run_may_go_on(
+    collapsed: tuple[Store, str], realm: Callable
+) -> None:
+    home, _ = collapsed  # r1 stands at step 4 of 12
+    told = realm("settings", "--home", home.home, "--set", "pretrain.lr=1e-4")[2]
+    assert "pretrain.lr is fixed since training began" in told
 
 
 def test_a_run_whose_documents_add_nothing_for_long_ends_too(home: Store, monkeypatch: pytest.MonkeyPatch) -> None:
