@@ -247,8 +247,11 @@ class Store:
 
     def collapse(self, run: str) -> str | None:
         """Why a run ended for good: its retriever collapsed; None while it may go on or has reached its end."""
-        with suppress(FileNotFoundError):
-            return str(json.loads((self.trainer(run) / COLLAPSED).read_text(encoding="utf-8"))["reason"])
+        aside = [key for key in self.names("checkpoints") if parse_key(key)[0] == run and self.is_quarantined(key)]
+        marks = [self.trainer(run) / COLLAPSED, *(self.path("checkpoints", key) / QUARANTINED for key in aside)]
+        for mark in marks:  # the first is absent where an earlier version set checkpoints aside
+            with suppress(FileNotFoundError):
+                return str(json.loads(mark.read_text(encoding="utf-8"))["reason"])
         return None
 
     def end_collapsed(self, run: str, good: str, reason: str) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from realm_core.artifacts.manifest import MANIFEST, Manifest, file_sha256, read_manifest
 from realm_core.artifacts.publish import read_json_lines
-from realm_core.artifacts.store import Store, checkpoint_key
+from realm_core.artifacts.store import COLLAPSED, Store, checkpoint_key
 from realm_core.errors import ArtifactError, BusyError, ConfigError, GateError, RealmError
 from realm_core.model.bundle import EMBEDDER, ENCODER
 from realm_core.ports import MemorySink, MetricSink, NullSink
@@ -361,6 +361,13 @@ def test_a_run_that_collapsed_before_it_left_a_checkpoint_is_not_taken_up_again_
         with pytest.raises(RealmError, match=told):
             train(home, run="r2")
     assert home.names("checkpoints")[-1] == checkpoint_key("r2", 0)
+
+
+def test_a_checkpoint_that_an_earlier_version_set_aside_ends_its_run_too(collapsed: tuple[Store, str]) -> None:
+    home, _ = collapsed
+    (home.trainer("r2") / COLLAPSED).unlink()
+    assert str(home.collapse("r2")).startswith("step 6: the retriever has collapsed")
+    assert home.collapse("r1") is None
 
 
 def test_another_run_goes_on_in_the_same_home_with_other_settings(home: Store, realm: Callable) -> None:
