@@ -74,6 +74,7 @@ def test_every_job_selects_its_assets_by_string() -> None:
         "grow_corpus": {"corpus_shards"},
         "refresh_index": {"embedding_snapshot", "mips_index", "qa_eval", "promoted_index"},
         "finetune": {"qa_reader", "qa_result"},
+        "train_segment": {"realm_checkpoint"},
     }
     for names in selected.values():
         for name in names:

@@ -117,7 +117,9 @@ def test_the_stages_go_on_from_an_imported_checkpoint(start: Path, tmp_path: Pat
 
 @accepted
 def test_pretraining_starts_from_an_imported_checkpoint(start: Path, tmp_path: Path) -> None:
-    config = settings(f"model.weights=folder:{start}")
+    lengths = ("ict_query=8", "query=10", "document=20", "reader=32")  # what 32 positions have room for
+    short = ("corpus.block_wordpieces=20", *(f"lengths.{length}" for length in lengths))
+    config = settings(f"model.weights=folder:{start}", *short)
     corpus.run(config, source=documents(tmp_path), out=tmp_path / "corpus", sink=NullSink())
     store = Store.create(tmp_path / "home", config, {}, "tiny")
     made = pretrain.run(
