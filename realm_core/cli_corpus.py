@@ -9,7 +9,7 @@ import typer
 
 from realm_core.artifacts.manifest import Manifest, open_artifact, read_manifest, verify_files
 from realm_core.artifacts.publish import write_durably
-from realm_core.errors import DataError
+from realm_core.errors import DataError, quoted
 from realm_core.params import settings_for_command
 from realm_core.ports import NullSink, Progress
 
@@ -83,7 +83,7 @@ def corpus_show(
     corpus = Corpus.open(folder)
     found = [corpus.block(row) for row in corpus.rows_titled(title)]
     if not found:
-        raise DataError(f"{folder}: no document titled {title!r}; titles are compared letter by letter")
+        raise DataError(f"{folder}: no document titled {quoted(title)}; titles are compared letter by letter")
     if as_json:
         rows = [{"block_id": block.block_id, "doc_id": block.doc_id, "text": block.text} for block in found]
         print(json.dumps(rows, ensure_ascii=False))

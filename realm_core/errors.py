@@ -8,6 +8,11 @@ class RealmError(Exception):
     """Anything an operator can fix."""
 
 
+def quoted(text: str, most: int = 100) -> str:
+    """Text from an input, for a message: its first characters in quotes, and none that a terminal would obey."""
+    return repr(text if len(text) <= most else f"{text[:most]}…")
+
+
 class ConfigError(RealmError):
     """A setting is unknown or impossible."""
 

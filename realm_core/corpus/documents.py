@@ -2,12 +2,12 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-from realm_core.errors import DataError
+from realm_core.errors import DataError, quoted
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,24 @@ def title_kind(title: str) -> str | None:
 def string_field(record: dict[str, Any], name: str) -> str:
     """A field that must be there and hold text."""
     if name not in record:
-        found = ", ".join(sorted(map(str, record))) or "nothing"
-        raise BadLine("missing_field", f"the field {name!r} is missing; found {found}")
+        raise BadLine("missing_field", f"the field {name!r} is missing; found {names_of(record)}")
     return checked_text(record[name], name)
+
+
+def names_of(fields: Iterable[Any]) -> str:
+    """Names of fields as a message shows them: those of an input may be many, long, or no text at all."""
+    names = sorted(map(str, fields))
+    shown = [name if name.isprintable() and len(name) <= 40 else quoted(name, 40) for name in names[:10]]
+    return ", ".join([*shown, *([f"and {len(names) - 10} more"] if len(names) > 10 else [])]) or "nothing"
+
+
+def identifier(given: Any) -> str:
+    """The id of a document as a file gives it: text, or a whole number. Raises BadLine."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        return str(given)
+    if checked_text(given, "id") == "":
+        raise BadLine("wrong_type", "the field 'id' is empty; leave it out or give every document its own")
+    return str(given)
 
 
 def checked_text(value: Any, name: str) -> str:
@@ -124,10 +139,4 @@ def checked_text(value: Any, name: str) -> str:
 
 def _identifier(record: dict[str, Any], title: str, text: str) -> str:
     given = record.get("id")
-    if given is None:
-        return text_digest(title, text)
-    if isinstance(given, int) and not isinstance(given, bool):
-        return str(given)
-    if checked_text(given, "id") == "":
-        raise BadLine("wrong_type", "the field 'id' is empty; leave it out or give every document its own")
-    return str(given)
+    return text_digest(title, text) if given is None else identifier(given)

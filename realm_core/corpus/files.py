@@ -41,13 +41,17 @@ class Stream:
     def _counted(self, piece: bytes) -> bytes:
         self.position += len(piece)
         if self.position > _FREE_EXPANSION and self._file is not self._raw:
-            packed = self._raw.tell()
-            if self.position > MOST_EXPANSION * packed:
-                raise DataError(
-                    f"{self._path}: byte {packed} of it has expanded to {self.position} bytes, more than "
-                    f"{MOST_EXPANSION}-fold; this is no text but a decompression bomb, fetch the file again"
-                )
+            refuse_bomb(self._path, self._raw.tell(), self.position)
         return piece
+
+
+def refuse_bomb(path: Path, packed: int, expanded: int) -> None:
+    """Raise DataError if so many bytes of a compressed file cannot have made so many bytes of text."""
+    if expanded > max(_FREE_EXPANSION, MOST_EXPANSION * packed):
+        raise DataError(
+            f"{path}: {packed} bytes of it expand to {expanded}, more than {MOST_EXPANSION}-fold; this is no text but a "
+            "decompression bomb, fetch the file again"
+        )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from realm_core.artifacts.publish import link_or_copy
-from realm_core.corpus.documents import BadLine, checked_text, string_field
+from realm_core.corpus.documents import BadLine, checked_text, identifier, string_field
 from realm_core.corpus.files import numbered_lines
 from realm_core.corpus.layout import BLOCKS_FILE, TOKENS_FILE, shard_name
 from realm_core.corpus.packing import HISTOGRAM_STEP, Columns
@@ -22,6 +22,7 @@ from realm_core.corpus.tombstones import Tombstone
 from realm_core.corpus.writer import ShardWriter, count_duplicates
 from realm_core.errors import DataError
 from realm_core.text.blocks import SPECIALS_PER_BLOCK
+from realm_core.text.tokenizer import encodable
 
 _ADDED_UP = 512  # blocks handed to a shard's writer together
 
@@ -50,7 +51,7 @@ def documents_of(shard: Shard) -> tuple[pa.Array, np.ndarray, np.ndarray]:
 
 def find_documents(corpus: Corpus, ids: Collection[str], titles: Collection[str] = ()) -> Iterator[Held]:
     """The documents with one of these ids, or with one of these titles, letter by letter."""
-    known, named = pa.array(sorted(ids), pa.string()), pa.array(sorted(titles), pa.string())
+    known, named = _storable(ids), _storable(titles)
     for name, shard in corpus.shards.items():
         found, starts, stops = documents_of(shard)
         chosen = pc.is_in(found, known).to_numpy(zero_copy_only=False)
@@ -61,6 +62,11 @@ def find_documents(corpus: Corpus, ids: Collection[str], titles: Collection[str]
             start, stop = int(starts[number]), int(stops[number])
             tombstone = Tombstone(name, shard.place(start), shard.place(stop - 1) + 1, found[number].as_py())
             yield Held(shard.record(start)["title"], tombstone)
+
+
+def _storable(names: Collection[str]) -> pa.Array:
+    """Those of the names that a corpus can hold: a command line may hand over halves of surrogate pairs."""
+    return pa.array(sorted(name for name in names if encodable(name) == name), pa.string())
 
 
 def read_removals(path: Path) -> tuple[list[str], list[str]]:
@@ -78,11 +84,12 @@ def read_removals(path: Path) -> tuple[list[str], list[str]]:
             record = json_object(line)
             if not record.keys() & {"id", "title"}:
                 raise BadLine("missing_field", "neither id nor title")
-            ids += [str(record["id"])] if "id" in record else []
+            ids += [identifier(record["id"])] if "id" in record else []
             titles += [string_field(record, "title")] if "id" not in record else []
         except (BadLine, UnicodeDecodeError) as problem:
+            reason = problem if isinstance(problem, BadLine) else f"not UTF-8 at byte {problem.start} of the line"
             raise DataError(
-                f"{path}:{number}: {problem}; write one id a line, or a JSON object with id or title"
+                f"{path}:{number}: {reason}; write one id a line, or a JSON object with id or title"
             ) from None
     if not ids and not titles:
         raise DataError(f"{path}: names no document; write one id a line, or a JSON object with id or title")

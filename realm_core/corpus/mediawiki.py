@@ -5,6 +5,7 @@ bombs, is refused; and no page, tag or nesting is allowed to grow without limit.
 complete pages, and the tally says where it was cut.
 """
 
+import re
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ LONGEST_FIELD = 4096  # characters of a title, an id, a namespace
 _LONGEST_TAG = 1 << 20  # bytes of a tag or comment, which expat keeps whole
 _EXPAT_BUFFER = 1 << 16  # bytes of text handed over at once
 _DEEPEST = 32  # elements; a dump needs seven
+_MOST_NAMESPACES = 1000  # the largest wikis have some fifty
 
 # What the prefixes of titles meant before dumps carried <ns>. A dump's own <siteinfo> adds its language's names.
 _NAMESPACES = {
@@ -80,7 +82,10 @@ def read_mediawiki(path: str | Path, on_error: str = "fail", tally: Tally | None
     if parser.version:
         tally.note("export", parser.version)
     if tally.pages == before:
-        raise DataError(f"{path}: no complete page; expected a MediaWiki export, as dumps.wikimedia.org offers it")
+        where = f" before {parser.cut}" if parser.cut else ""
+        raise DataError(
+            f"{path}: no complete page{where}; expected a MediaWiki export, as dumps.wikimedia.org offers it"
+        )
 
 
 def _pages(stream: Stream, parser: "_DumpParser", path: Path, on_error: str, tally: Tally) -> Iterator["_Page"]:
@@ -94,11 +99,17 @@ def _pages(stream: Stream, parser: "_DumpParser", path: Path, on_error: str, tal
             found = damage(error, path, f"at byte {stream.position} of its content")
             if on_error == "fail":
                 raise found from None
-            tally.note("cut", f"byte {stream.position}: damaged, {error}")
+            _note_cut(tally, parser, f"byte {stream.position}: damaged, {error}")
             return
         ended = not piece
         try:
             parser.feed(piece)
+        except (LookupError, ValueError) as error:  # Python's word on an encoding that expat does not know itself
+            if parser.begun:
+                raise
+            raise DataError(
+                f"{path}: its XML declaration names an encoding that cannot be read ({error}); convert the dump to UTF-8"
+            ) from None
         except expat.ExpatError as error:
             reason = expat.errors.messages.get(error.code, "malformed")
             if not ended and on_error == "fail":
@@ -108,9 +119,14 @@ def _pages(stream: Stream, parser: "_DumpParser", path: Path, on_error: str, tal
                 ) from None
             yield from parser.take()
             within = f", inside page {parser.page.title[:100]!r}" if parser.page else ""
-            tally.note("cut", f"byte {parser.byte}: {'ends early' if ended else reason}{within}")
+            _note_cut(tally, parser, f"byte {parser.byte}: {'ends early' if ended else reason}{within}")
             return
         yield from parser.take()
+
+
+def _note_cut(tally: Tally, parser: "_DumpParser", where: str) -> None:
+    parser.cut = where
+    tally.note("cut", where)
 
 
 def _article(page: "_Page", parser: "_DumpParser", path: Path, tally: Tally) -> Document | None:
@@ -162,8 +178,13 @@ class _DumpParser:
         self._key = ""
         self._names = dict(_NAMESPACES)
         self.page: _Page | None = None
-        self.version = ""
+        self.version = self.cut = ""
         self.hidden = tuple(sorted(FILE_AND_CATEGORY))
+
+    @property
+    def begun(self) -> bool:
+        """Whether an element has been met: what comes before can only be a declaration."""
+        return bool(self._open or self._done)
 
     @property
     def byte(self) -> int:
@@ -184,8 +205,8 @@ class _DumpParser:
 
     def namespace(self, page: _Page) -> int:
         """Number of the page's namespace; without <ns> it follows from the title."""
-        if page.ns.lstrip("-").isdigit():
-            return int(page.ns)
+        if (number := _whole_number(page.ns)) is not None:
+            return number
         prefix, colon, _ = page.title.partition(":")
         return self._names.get(_folded(prefix), 0) if colon else 0
 
@@ -237,10 +258,12 @@ class _DumpParser:
             setattr(self.page, name, value if name == "text" else value.strip())
 
     def _learn(self, name: str) -> None:
-        if not name or not self._key.lstrip("-").isdigit():
+        number = _whole_number(self._key)
+        if not name or number is None:
             return
-        number = int(self._key)
         self._names[_folded(name)] = number
+        if len(self._names) > _MOST_NAMESPACES:
+            raise DataError(f"{self._path}: byte {self.byte}: more than {_MOST_NAMESPACES} namespaces; this is no dump")
         if number in (-2, 6, 14):  # media, file, category
             self.hidden = tuple(sorted({*self.hidden, _folded(name)}))
 
@@ -249,6 +272,10 @@ class _DumpParser:
             f"{self._path}: byte {self.byte}: a document type declaration; dumps have none, and entities could expand "
             "without limit: refused"
         )
+
+
+def _whole_number(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else None
 
 
 def _folded(name: str) -> str:

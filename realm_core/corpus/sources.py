@@ -53,6 +53,11 @@ class Source:
             names = sorted(path.iterdir()) if path.is_dir() else [path]
             kind = next(filter(None, map(kind_of, names)), "jsonl")
         source = cls(kind, str(path))
+        for file in source.files():
+            if not file.is_file():
+                raise DataError(
+                    f"{file}: neither a file nor a folder, but an input is read twice; write it to a file first"
+                )
         if not source.files():
             raise DataError(f"{path}: no file whose name ends in {' or '.join(_ENDINGS[kind])} (or .gz, .bz2 of it)")
         return source
@@ -77,7 +82,8 @@ class Source:
             files = sorted(path for path in folder.rglob("*") if path.is_file())
         if len(files) == 1:
             return file_sha256(files[0])
-        return sha256("".join(f"{path.name} {file_sha256(path)}\n" for path in files).encode()).hexdigest()
+        rows = "".join(f"{path.name} {file_sha256(path)}\n" for path in files)
+        return sha256(rows.encode("utf-8", "surrogateescape")).hexdigest()  # a file name may be any bytes
 
     def read(self, on_error: str, tally: Tally) -> Iterator[Document]:
         """All documents; see the readers."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from realm_core.corpus.documents import Document, Tally
-from realm_core.errors import DataError
+from realm_core.errors import DataError, quoted
 
 _READ = "read.json"  # written once every document is on disk
 _BUFFERED = 32 << 20  # bytes of all shards together that wait to be written
@@ -136,6 +136,7 @@ def _repeated(first: Document, second: Document) -> DataError:
         "the same title and text occur" if (first.title, first.text) == (second.title, second.text) else "the id occurs"
     )
     return DataError(
-        f"{where}document id {second.doc_id!r} occurs more than once, before{before}: {same} again "
-        f"(titles {first.title!r} and {second.title!r}); ids must be unique, or keep the first with --on-error skip"
+        f"{where}document id {quoted(second.doc_id)} occurs more than once, before{before}: {same} again "
+        f"(titles {quoted(first.title)} and {quoted(second.title)}); ids must be unique, or keep the first with "
+        "--on-error skip"
     )

@@ -1,6 +1,6 @@
 """Documents from Parquet files and from Hugging Face datasets, a batch of rows at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,28 +8,36 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realm_core.corpus.documents import BadLine, Document, Tally, bad_record, document_of
+from realm_core.corpus.documents import BadLine, Document, Tally, bad_record, document_of, names_of
+from realm_core.corpus.files import LONGEST_LINE, refuse_bomb
 from realm_core.errors import ConfigError, DataError
 
+_COLUMNS = ("id", "title", "text")
 _ROWS = 256  # rows of a Parquet file that are expanded together
 
 
 def read_parquet(path: str | Path, on_error: str = "fail", tally: Tally | None = None) -> Iterator[Document]:
     """Documents {"id"?, "title", "text"} from the columns of a Parquet file; other columns are not read.
 
-    Raises DataError for a damaged file, a missing column, or a file without any document.
+    Raises DataError for a damaged file, a missing column, a decompression bomb, or a file without any document. Values
+    that repeat are held once, as the file holds them: a few kilobytes could stand for any number of long texts.
     """
     path, tally = Path(path), tally or Tally()
-    row = found = 0
+    before = tally.dropped.copy()
+    row = found = given_out = 0
     try:
-        with pq.ParquetFile(path) as file:
-            columns = _wanted(path, file.schema_arrow.names)
+        size, metadata = path.stat().st_size, pq.read_metadata(path)
+        columns = _wanted(path, metadata.schema.to_arrow_schema().names)
+        refuse_bomb(path, size, _expanded_size(metadata, columns))
+        flat = [column.path for column in metadata.schema if column.path in columns]
+        with pq.ParquetFile(path, metadata=metadata, read_dictionary=flat) as file:
             for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
                 for record in _records(batch):
                     document = _document(record, f"{path}: row {row}", on_error, tally)
                     row += 1
                     if document:
-                        found += 1
+                        found, given_out = found + 1, given_out + len(document.title) + len(document.text)
+                        refuse_bomb(path, size, given_out)
                         yield document
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a sound Parquet file ({str(error).splitlines()[0]}); fetch it again") from None
@@ -37,7 +45,7 @@ def read_parquet(path: str | Path, on_error: str = "fail", tally: Tally | None =
         reason = error.strerror or str(error).splitlines()[0]
         raise DataError(f"{path}: cannot be read ({reason}); check the file") from None
     if not found:
-        raise DataError(f"{path}: no documents in its rows; expected title and text in every row")
+        raise DataError(f"{path}: no documents in its rows{_left_out(tally.dropped - before)}")
 
 
 @dataclass(frozen=True)
@@ -99,12 +107,19 @@ def read_dataset(dataset: str, on_error: str = "fail", tally: Tally | None = Non
     except Exception as error:  # the library, its hub client and its file readers raise types of their own
         raise _unreachable(chosen, error) from None
     if not tally.documents:
-        raise DataError(f"{chosen}: no documents in {number} rows; expected title and text in every row")
+        raise DataError(f"{chosen}: no documents in {number} rows{_left_out(tally.dropped)}")
+
+
+def _left_out(dropped: Mapping[str, int]) -> str:
+    why = f", left out: {dict(dropped)}" if dropped else ""
+    return f"{why}; expected title and text in every row, and an id that is text or a whole number, or none"
 
 
 def _document(record: dict[str, Any], place: str, on_error: str, tally: Tally) -> Document | None:
     try:
         document = document_of(record, place)
+        if len(document.title) + len(document.text) > LONGEST_LINE:
+            raise BadLine("too_long", f"title and text longer than {LONGEST_LINE} characters")
     except BadLine as problem:
         bad_record(place, problem, on_error, tally.dropped)
         return None
@@ -115,17 +130,33 @@ def _document(record: dict[str, Any], place: str, on_error: str, tally: Tally) -
 def _wanted(path: Path, names: list[str]) -> list[str]:
     for name in ("title", "text"):
         if name not in names:
-            raise DataError(f"{path}: no column {name!r}; found {', '.join(names) or 'none'}")
-    return [name for name in ("id", "title", "text") if name in names]
+            raise DataError(f"{path}: no column {name!r}; found {names_of(names)}")
+    return [name for name in _COLUMNS if name in names]
+
+
+def _expanded_size(metadata: pq.FileMetaData, columns: list[str]) -> int:
+    """Bytes that some columns have once they are expanded, as the file says; a dictionary counts once."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
 
 
 def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
     """Rows of a batch; a text that is not UTF-8 becomes bytes, which no text field accepts."""
-    for row in range(batch.num_rows):
-        yield {name: _value(batch.column(name)[row]) for name in batch.schema.names}
+    columns = [_values(column) for column in batch.columns]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(batch.schema.names, values, strict=True))
 
 
-def _value(scalar: Any) -> Any:
+def _values(column: pa.Array) -> Iterator[Any]:
+    if not isinstance(column, pa.DictionaryArray):
+        yield from map(_value, column)
+        return
+    for place in column.indices.to_pylist():
+        yield None if place is None else _value(column.dictionary[place])
+
+
+def _value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError:

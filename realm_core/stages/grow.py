@@ -26,7 +26,7 @@ from realm_core.corpus.shards import Corpus
 from realm_core.corpus.sources import Source
 from realm_core.corpus.tombstones import Tombstone, read_tombstones, write_tombstones
 from realm_core.corpus.writer import write_shards
-from realm_core.errors import DataError
+from realm_core.errors import DataError, quoted
 from realm_core.ports import MetricSink
 from realm_core.stages import CODE
 from realm_core.stages.corpus import PLAN, drop_foreign_files, peak_mib, shard_digests
@@ -200,8 +200,8 @@ class _Growth:
 
     def _remove(self, change: Remove) -> _Made:
         held = list(find_documents(self.corpus, set(change.ids), set(change.titles)))
-        missing = [f"id {name!r}" for name in sorted(set(change.ids) - {item.doc_id for item in held})]
-        missing += [f"title {name!r}" for name in sorted(set(change.titles) - {item.title for item in held})]
+        missing = [f"id {quoted(name)}" for name in sorted(set(change.ids) - {item.doc_id for item in held})]
+        missing += [f"title {quoted(name)}" for name in sorted(set(change.titles) - {item.title for item in held})]
         if missing and (not held or self.config.corpus.on_error == "fail"):
             more = f", nor {len(missing) - 1} more of those asked for" if len(missing) > 1 else ""
             raise DataError(
@@ -283,6 +283,7 @@ def _known(place: str, held: Sequence[Held]) -> DataError:
     place = f"{place}: " if place else ""
     more = f", and {len(held) - 1} more documents are held" if len(held) > 1 else ""
     return DataError(
-        f"{place}the corpus holds a document with id {held[0].doc_id!r} already, titled {held[0].title!r}{more}; "
+        f"{place}the corpus holds a document with id {quoted(held[0].doc_id)} already, titled "
+        f"{quoted(held[0].title)}{more}; "
         "--replace puts new texts in the place of old ones, --on-error skip leaves out what is held"
     )

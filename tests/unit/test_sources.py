@@ -46,7 +46,7 @@ def test_bad_rows_of_a_parquet_file_are_named_or_counted(tmp_path: Path) -> None
 
 def test_a_parquet_file_that_is_none_or_lacks_columns_is_refused(tmp_path: Path) -> None:
     path = parquet(tmp_path / "p.parquet", title=["A" * 5000], body=["a"])
-    with pytest.raises(DataError, match=r"no column 'text'; found title, body"):
+    with pytest.raises(DataError, match=r"no column 'text'; found body, title"):
         list(read_parquet(path))
     whole = parquet(path, title=["A"], text=["a"]).read_bytes()
     for content in (b"", b"PAR1", whole[:-10], whole[:4] + b"\xff" * 40 + whole[44:]):
