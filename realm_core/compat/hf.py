@@ -36,7 +36,7 @@ from realm_core.model.reader import Reader
 
 CONFIG, TOKENIZER_CONFIG, VOCABULARY, RECORDS = "config.json", "tokenizer_config.json", "vocab.txt", "block_records.npy"
 READER_EPS = 1e-3  # of the span head; the project's readers know no other
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # names of the same function
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # names of the same function
 _HEAD, _WORDS = "cls.predictions.", "realm.embeddings.word_embeddings.weight"
 _HEAD_TENSORS = (
     "bias",
@@ -92,8 +92,8 @@ def read_hf_config(path: Path) -> HfConfig:
     if name not in _READERS:
         raise DataError(f"{path}: architectures is {names}; this command reads one of {', '.join(_READERS)}")
     act = values.get("hidden_act", "gelu_new")
-    if act not in _TANH_GELU:
-        raise DataError(f"{path}: hidden_act is {act!r}; only the tanh form of GELU ({_TANH_GELU[0]}) is computed")
+    if act not in TANH_GELU:
+        raise DataError(f"{path}: hidden_act is {act!r}; only the tanh form of GELU ({TANH_GELU[0]}) is computed")
     dropout = _real(values, "hidden_dropout_prob", 0.1, path)
     if _real(values, "attention_probs_dropout_prob", 0.1, path) != dropout:
         raise DataError(f"{path}: two different dropout rates; set attention_probs_dropout_prob to {dropout}")
