@@ -132,7 +132,8 @@ class _Folder:
 
     def embedder(self) -> dict[str, Any]:
         head_free = _without_head(self.tensors, "")
-        return {"retriever": self._retriever({f"embedder.{name}": tensor for name, tensor in head_free.items()})}
+        tensors = {f"embedder.{name}": tensor for name, tensor in head_free.items()}
+        return {"retriever": self._retriever(tensors, in_file=lambda name: name.removeprefix("embedder."))}
 
     def scorer(self) -> dict[str, Any]:
         tensors = _without_head(_without_head(self.tensors, "embedder."), "query_embedder.")
@@ -146,7 +147,11 @@ class _Folder:
         towers = {f"embedder.{name}": tensor for name, tensor in document.items()}
         if not shared:
             towers |= {f"query_embedder.{name}": tensor for name, tensor in query.items()}
-        return {"retriever": self._retriever({**foreign, **towers}, share=shared)}
+        return {"retriever": self._retriever({**foreign, **towers}, shared, self._of_either_tower)}
+
+    def _of_either_tower(self, name: str) -> str:
+        other = f"query_{name}"
+        return other if name not in self.tensors and other in self.tensors else name
 
     def encoder(self) -> dict[str, Any]:
         require_layers(self.tensors, self.config.shape.layers, self.where)
@@ -156,35 +161,35 @@ class _Folder:
             "encoder": EncoderPart(shape=shape, tensors=fitted(tensors, lambda: KnowledgeEncoder(shape), self.where))
         }
 
-    def reader(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        tensors = _without_head(self.tensors if tensors is None else tensors, "")
+    def reader(self, prefix: str = "") -> dict[str, Any]:
+        tensors = _without_head(_below(self.tensors, prefix), "")
         config = self.config
         require_layers(tensors, config.shape.layers, self.where)
         build = lambda: Reader(config.shape, config.span_hidden, config.max_span_width, READER_EPS)  # noqa: E731
         part = ReaderPart(
             shape=config.shape,
-            tensors=fitted(tensors, build, self.where),
+            tensors=fitted(tensors, build, self.where, lambda name: prefix + name),
             span_hidden=config.span_hidden,
             max_span_width=config.max_span_width,
         )
         return {"reader": part}
 
     def open_qa(self) -> dict[str, Any]:
-        reader, rest = _below(self.tensors, "reader."), dict(self.tensors)
-        for name in reader:
-            del rest[f"reader.{name}"]
+        rest = {name: tensor for name, tensor in self.tensors.items() if not name.startswith("reader.")}
         vectors = self._block_vectors(rest.pop("block_emb", None))
         parts = {"retriever": self._retriever(_without_head(rest, "embedder."))}
-        return {**parts, **self.reader(reader), "block_vectors": vectors, "notes": (FINE_TUNED,)}
+        return {**parts, **self.reader("reader."), "block_vectors": vectors, "notes": (FINE_TUNED,)}
 
-    def _retriever(self, tensors: Mapping[str, Tensor], share: bool = True) -> RetrieverPart:
+    def _retriever(
+        self, tensors: Mapping[str, Tensor], share: bool = True, in_file: Callable[[str], str] = str
+    ) -> RetrieverPart:
         shape, width = self.config.shape, self.config.projection_size
         require_layers([name for name in tensors if name.startswith("embedder.")], shape.layers, self.where)
         # The port takes one epsilon for the projection and for every layer.
         build = lambda: Retriever(shape, width, shape.layer_norm_eps, share=share)  # noqa: E731
         return RetrieverPart(
             shape=shape,
-            tensors=fitted(tensors, build, self.where),
+            tensors=fitted(tensors, build, self.where, in_file),
             projection_size=width,
             projection_eps=shape.layer_norm_eps,
             share=share,

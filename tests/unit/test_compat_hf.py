@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -122,18 +123,34 @@ def test_the_decoder_may_stand_for_the_word_embeddings_but_not_differ_from_them(
         read_hf(port_folder(tmp_path / "two", "RealmKnowledgeAugEncoder", untied))
 
 
-def test_missing_extra_and_misshapen_tensors_are_each_named(tmp_path: Path) -> None:
+def test_missing_extra_and_misshapen_tensors_are_each_named_as_in_the_file(tmp_path: Path) -> None:
     state = embedder_state()
     del state["realm.pooler.dense.bias"], state["cls.LayerNorm.weight"]
-    state["realm.something.else"] = torch.zeros(1)
+    others = [f"extra.thing.{number:02d}" for number in range(40)]
+    state |= {name: torch.zeros(1) for name in others}
     state["cls.dense.weight"] = torch.zeros(PROJECTION + 1, 16)
     with pytest.raises(DataError) as error:
         read_hf(port_folder(tmp_path / "hf", "RealmEmbedder", state))
     message = str(error.value)
-    assert "missing: embedder.cls.LayerNorm.weight, embedder.realm.pooler.dense.bias" in message
-    assert "extra: embedder.realm.something.else" in message
-    assert "misshapen: embedder.cls.dense.weight (9, 16) instead of (8, 16)" in message
+    assert "missing: cls.LayerNorm.weight, realm.pooler.dense.bias;" in message
+    assert f"extra: {', '.join(others)};" in message
+    assert message.endswith("misshapen: cls.dense.weight (9, 16) instead of (8, 16)")
     assert "\n" not in message
+
+
+def test_both_parts_of_an_open_qa_model_name_their_tensors_as_in_the_file(tmp_path: Path) -> None:
+    for name in ("reader.qa_outputs.dense_output.bias", "embedder.cls.dense.bias"):
+        state = STATES["RealmForOpenQA"]()
+        del state[name]
+        with pytest.raises(DataError, match=f"missing: {re.escape(name)}$"):
+            read_hf(port_folder(tmp_path / name, "RealmForOpenQA", state))
+
+
+def test_a_shared_tower_is_called_what_the_file_calls_it(tmp_path: Path) -> None:
+    once = {name: tensor for name, tensor in scorer_state().items() if name.startswith("query_embedder.")}
+    once["query_embedder.extra"] = torch.zeros(1)
+    with pytest.raises(DataError, match=r"extra: query_embedder\.extra$"):
+        read_hf(port_folder(tmp_path / "hf", "RealmScorer", once))
 
 
 def test_old_position_buffers_are_left_aside(tmp_path: Path) -> None:
@@ -150,7 +167,7 @@ def test_half_precision_becomes_float32_and_other_numbers_are_refused(tmp_path: 
         (torch.full((8,), torch.nan), "finite"),
     ):
         state = embedder_state() | {"cls.dense.bias": value}
-        with pytest.raises(DataError, match=rf"{message}.*embedder\.cls\.dense\.bias"):
+        with pytest.raises(DataError, match=rf"{message}.* cls\.dense\.bias"):
             read_hf(port_folder(tmp_path / message[:3], "RealmEmbedder", state))
 
 
