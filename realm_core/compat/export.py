@@ -29,7 +29,6 @@ from realm_core.index.snapshot import read_matrix
 from realm_core.index.version import require_parent
 from realm_core.model.bundle import EMBEDDER, ENCODER, encoder_shape, load_module, load_retriever
 from realm_core.model.embedder import Embedder, Retriever
-from realm_core.model.encoder import EncoderShape
 from realm_core.model.knowledge_encoder import KnowledgeEncoder
 from realm_core.model.reader import Reader
 
@@ -129,8 +128,7 @@ def _towers(retriever: Retriever, chosen: Chosen) -> dict[str, Embedder]:
 
 
 def _reader(folder: Path) -> Reader:
-    sizes = read_json(folder / READER_SHAPES)
-    reader = Reader(EncoderShape(**sizes["encoder"]), sizes["span_hidden"], sizes["max_span_width"])
+    reader = Reader.from_sizes(read_json(folder / READER_SHAPES))
     load_module(reader, folder / READER)
     return reader
 

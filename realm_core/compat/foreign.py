@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from realm_core.errors import ConfigError, DataError
 from realm_core.model.encoder import EncoderShape
+from realm_core.model.reader import READER_EPS
 
 Tensors = dict[str, Tensor]
 FINE_TUNED = "block vectors belong to the embedder before fine-tuning: search them, do not embed blocks with this one"
@@ -46,6 +47,7 @@ class ReaderPart:
     tensors: Tensors
     span_hidden: int
     max_span_width: int
+    span_eps: float = READER_EPS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,15 +27,15 @@ from realm_core.compat.foreign import (
     fitted,
     require_layers,
 )
+from realm_core.compat.projection import PROJECTION, PROJECTION_EPS, projection_names, scaled_projection
 from realm_core.compat.weight_files import read_json, read_weights, weight_files
 from realm_core.errors import ConfigError, DataError
 from realm_core.model.embedder import Retriever
 from realm_core.model.encoder import EncoderShape
 from realm_core.model.knowledge_encoder import KnowledgeEncoder
-from realm_core.model.reader import Reader
+from realm_core.model.reader import READER_EPS, Reader
 
 CONFIG, TOKENIZER_CONFIG, VOCABULARY, RECORDS = "config.json", "tokenizer_config.json", "vocab.txt", "block_records.npy"
-READER_EPS = 1e-3  # of the span head; the project's readers know no other
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # names of the same function
 _HEAD, _WORDS = "cls.predictions.", "realm.embeddings.word_embeddings.weight"
 _HEAD_TENSORS = (
@@ -59,6 +59,7 @@ class HfConfig:
     projection_size: int
     span_hidden: int
     max_span_width: int
+    span_eps: float
     block_records: int
 
 
@@ -69,8 +70,12 @@ def read_hf(folder: Path, vocabulary: Path | None = None, records: Path | None =
     files = weight_files(folder)
     tensors = read_weights(files)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("embeddings.position_ids")}
-    read = _READERS[config.architecture]
-    parts = read(_Folder(folder, config, tensors))
+    projection = folder / PROJECTION
+    eps = config.shape.layer_norm_eps  # the port takes one epsilon for the projection and for every layer
+    if projection.is_file():
+        eps = _restore_projection(tensors, projection, eps)
+        files.append(projection)
+    parts = _READERS[config.architecture](_Folder(folder, config, tensors, eps))
     vocabulary = vocabulary or (folder / VOCABULARY if (folder / VOCABULARY).is_file() else None)
     if "block_vectors" in parts:
         records = records or (folder / RECORDS if (folder / RECORDS).is_file() else None)
@@ -96,9 +101,10 @@ def read_hf_config(path: Path) -> HfConfig:
         raise DataError(f"{path}: hidden_act is {act!r}; only the tanh form of GELU ({TANH_GELU[0]}) is computed")
     dropout = _real(values, "hidden_dropout_prob", 0.1, path)
     if _real(values, "attention_probs_dropout_prob", 0.1, path) != dropout:
-        raise DataError(f"{path}: two different dropout rates; set attention_probs_dropout_prob to {dropout}")
-    if _real(values, "reader_layer_norm_eps", READER_EPS, path) != READER_EPS:
-        raise DataError(f"{path}: reader_layer_norm_eps is not {READER_EPS}, which the original code fixes")
+        raise DataError(f"{path}: two different dropout rates, the model here has one; set both to the same")
+    reader_eps = _real(values, "reader_layer_norm_eps", READER_EPS, path)
+    if not 0.0 < reader_eps < 1.0:
+        raise DataError(f"{path}: reader_layer_norm_eps is {reader_eps}, expected a small positive number")
     try:
         shape = EncoderShape(
             vocab_size=_whole(values, "vocab_size", 30522, path),
@@ -119,6 +125,7 @@ def read_hf_config(path: Path) -> HfConfig:
         projection_size=_whole(values, "retriever_proj_size", 128, path),
         span_hidden=_whole(values, "span_hidden_size", 256, path),
         max_span_width=_whole(values, "max_span_width", 10, path),
+        span_eps=reader_eps,
         block_records=_whole(values, "num_block_records", 13353718, path),
     )
 
@@ -126,8 +133,8 @@ def read_hf_config(path: Path) -> HfConfig:
 class _Folder:
     """The tensors of one folder, taken apart by the prefixes of the modules they belong to."""
 
-    def __init__(self, folder: Path, config: HfConfig, tensors: Tensors) -> None:
-        self.folder, self.config, self.tensors = folder, config, tensors
+    def __init__(self, folder: Path, config: HfConfig, tensors: Tensors, projection_eps: float) -> None:
+        self.folder, self.config, self.tensors, self.projection_eps = folder, config, tensors, projection_eps
         self.where = f"{folder} ({config.architecture})"
 
     def embedder(self) -> dict[str, Any]:
@@ -165,12 +172,13 @@ class _Folder:
         tensors = _without_head(_below(self.tensors, prefix), "")
         config = self.config
         require_layers(tensors, config.shape.layers, self.where)
-        build = lambda: Reader(config.shape, config.span_hidden, config.max_span_width, READER_EPS)  # noqa: E731
+        build = lambda: Reader(config.shape, config.span_hidden, config.max_span_width, config.span_eps)  # noqa: E731
         part = ReaderPart(
             shape=config.shape,
             tensors=fitted(tensors, build, self.where, lambda name: prefix + name),
             span_hidden=config.span_hidden,
             max_span_width=config.max_span_width,
+            span_eps=config.span_eps,
         )
         return {"reader": part}
 
@@ -185,13 +193,12 @@ class _Folder:
     ) -> RetrieverPart:
         shape, width = self.config.shape, self.config.projection_size
         require_layers([name for name in tensors if name.startswith("embedder.")], shape.layers, self.where)
-        # The port takes one epsilon for the projection and for every layer.
-        build = lambda: Retriever(shape, width, shape.layer_norm_eps, share=share)  # noqa: E731
+        build = lambda: Retriever(shape, width, self.projection_eps, share=share)  # noqa: E731
         return RetrieverPart(
             shape=shape,
             tensors=fitted(tensors, build, self.where, in_file),
             projection_size=width,
-            projection_eps=shape.layer_norm_eps,
+            projection_eps=self.projection_eps,
             share=share,
         )
 
@@ -214,6 +221,22 @@ _READERS: dict[str, Callable[[_Folder], dict[str, Any]]] = {
     "RealmReader": _Folder.reader,
     "RealmForOpenQA": _Folder.open_qa,
 }
+
+
+def _restore_projection(tensors: Tensors, path: Path, eps: float) -> float:
+    """Put back the dense layers that an export had to scale to `eps`; returns the epsilon that they belong to."""
+    exact = read_weights([path])
+    stored = exact.pop(PROJECTION_EPS, None)
+    if stored is None or stored.shape != () or not float(stored) > 0.0 or not exact:
+        raise DataError(f"{path}: no {PROJECTION_EPS} above 0 and a dense layer with it; export the checkpoint again")
+    scaled = scaled_projection(exact, float(stored), eps)
+    whole = scaled.keys() == exact.keys() and sorted(exact) == projection_names(tensors)
+    if not whole or not all(_same(tensor, tensors[name]) for name, tensor in scaled.items()):
+        raise DataError(
+            f"{path}: not the projection of the weights beside it; if those were trained on, delete this file"
+        )
+    tensors.update(exact)
+    return float(stored)
 
 
 def _without_head(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:

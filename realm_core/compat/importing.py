@@ -25,6 +25,7 @@ from realm_core.compat.passages import require_passages, write_corpus, write_ind
 from realm_core.config import Config
 from realm_core.errors import ArtifactError, DataError
 from realm_core.model.bundle import EMBEDDER, ENCODER, SHAPES, VOCABULARY, encoder_shape
+from realm_core.model.reader import READER_EPS
 from realm_core.text.tokenizer import Tokenizer
 
 STAGE, CODE = "import", "1"
@@ -111,11 +112,13 @@ def _write_weights(found: Foreign, encoder: EncoderPart, tokenizer: Tokenizer, o
 
 
 def _write_reader(found: Foreign, reader: ReaderPart, parents: Mapping[str, Manifest], out: Path) -> Manifest:
-    shapes = {
+    shapes: dict[str, Any] = {
         "encoder": asdict(reader.shape),
         "span_hidden": reader.span_hidden,
         "max_span_width": reader.max_span_width,
     }
+    if reader.span_eps != READER_EPS:
+        shapes["eps"] = reader.span_eps
     plan = _plan(found, parents, settings={"reader": shapes})
     if done := finished(out, plan):
         return done

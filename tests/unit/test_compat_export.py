@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from realm_core.artifacts.manifest import Plan, read_manifest
 from realm_core.artifacts.publish import building
@@ -16,17 +16,29 @@ from realm_core.compat.export import export_hf
 from realm_core.compat.foreign import combined
 from realm_core.compat.hf import read_hf
 from realm_core.compat.importing import import_checkpoint
-from realm_core.compat.sentence_layout import rescaled
+from realm_core.compat.projection import rescaled
+from realm_core.compat.tf import read_tf
 from realm_core.corpus.shards import Corpus
 from realm_core.data.formats import Inputs, document_inputs, query_inputs
-from realm_core.errors import ArtifactError
+from realm_core.errors import ArtifactError, DataError
 from realm_core.index.backends import load_index
 from realm_core.model.bundle import RealmModel, load_retriever
 from realm_core.model.embedder import Embedder, Retriever
 from realm_core.model.knowledge_encoder import KnowledgeEncoder
 from realm_core.params import load_config
+from realm_core.stages.finetune import load_reader
 from realm_core.text.tokenizer import Tokenizer
-from tests.published import PROJECTION, SHAPE, TEXTS, VOCABULARY, port_folder, scorer_state, weights
+from tests.published import (
+    PROJECTION,
+    SHAPE,
+    TEXTS,
+    VOCABULARY,
+    port_folder,
+    scorer_state,
+    tf_embedder,
+    weights,
+    write_bundle,
+)
 
 QUERIES = ["who is the king of rome?", "a text with [SEP] and [CLS] in it", "b\u00f6rn IN Paris, 12", "x"]
 DOCUMENTS = [("paris", "the river of the city."), ("newton", "curie"), ("", "moon")]
@@ -147,6 +159,67 @@ def test_the_exported_tokenizer_gives_the_ids_of_the_projects_own(checkpoint: Pa
 def test_import_export_import_changes_no_bit(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
     again = imported(tmp_path / "again", [exported / "realm" / "retriever", exported / "realm" / "encoder"])
     assert read_manifest(again).files == read_manifest(checkpoint).files
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_projection_with_another_epsilon_comes_back_unchanged(tmp_path: Path, share: bool) -> None:
+    first = own_checkpoint(tmp_path / "c", eps=1e-3, share=share)
+    export_hf(checkpoint=first, out=tmp_path / "out")
+    parts = [tmp_path / "out" / "realm" / name for name in ("retriever", "encoder")]
+    again = imported(tmp_path / "again", parts)
+    assert read_manifest(again).files == read_manifest(first).files
+    assert load_retriever(again)[0].embedder.projection_eps == 1e-3
+
+
+def test_a_tensorflow_module_with_keras_norm_comes_back_unchanged(tmp_path: Path) -> None:
+    variables = {name.replace("module/LayerNorm", "module/layer_normalization"): v for name, v in tf_embedder().items()}
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    found = read_tf(write_bundle(tmp_path / "m", variables), tmp_path / "vocab.txt", heads=SHAPE.heads)
+    import_checkpoint(found, config=load_config(None, "tiny"), out=tmp_path / "first")
+    export_hf(checkpoint=tmp_path / "first", out=tmp_path / "out")
+    again = imported(tmp_path / "again", [tmp_path / "out" / "realm" / "retriever"])
+    assert read_manifest(again).files == read_manifest(tmp_path / "first").files
+
+
+def test_a_reader_of_the_port_without_the_exact_projection_reads_the_scaled_one(tmp_path: Path) -> None:
+    export_hf(checkpoint=own_checkpoint(tmp_path / "c", eps=1e-3), out=tmp_path / "out")
+    folder = tmp_path / "out" / "realm" / "retriever"
+    exact = read_hf(folder).retriever
+    (folder / "projection.safetensors").unlink()
+    scaled = read_hf(folder).retriever
+    assert exact is not None and scaled is not None and scaled.projection_eps == SHAPE.layer_norm_eps
+    towers = [Retriever(SHAPE, PROJECTION, part.projection_eps) for part in (exact, scaled)]
+    for tower, part in zip(towers, (exact, scaled), strict=True):
+        tower.load_state_dict(part.tensors)
+    inputs = [query_inputs([5, 6, 7], None, Tokenizer(VOCABULARY))]
+    np.testing.assert_allclose(*(embedded(tower.embedder, inputs) for tower in towers), atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["dense trained on", "no epsilon", "one layer only", "unknown layer"])
+def test_an_exact_projection_that_does_not_belong_to_the_weights_is_refused(tmp_path: Path, change: str) -> None:
+    export_hf(checkpoint=own_checkpoint(tmp_path / "c", eps=1e-3), out=tmp_path / "out")
+    folder = tmp_path / "out" / "realm" / "retriever"
+    name = "model.safetensors" if change == "dense trained on" else "projection.safetensors"
+    tensors = load_file(folder / name)
+    if change == "dense trained on":
+        tensors["cls.dense.weight"] += 1
+    elif change == "unknown layer":
+        tensors["other.cls.dense.bias"] = torch.zeros(1)
+    else:
+        del tensors["projection_eps" if change == "no epsilon" else "cls.dense.bias"]
+    save_file(tensors, folder / name)
+    with pytest.raises(DataError, match=r"projection\.safetensors: no"):
+        read_hf(folder)
+
+
+def test_a_reader_with_another_epsilon_comes_back_unchanged(tmp_path: Path) -> None:
+    first = own_checkpoint(tmp_path / "c", eps=1e-12)
+    port = port_folder(tmp_path / "r", "RealmReader", reader_layer_norm_eps=1e-5)
+    reader = imported(tmp_path / "reader", [port], checkpoint=first)
+    assert load_reader(reader).qa_outputs.layer_normalization.eps == 1e-5
+    export_hf(checkpoint=first, out=tmp_path / "out", reader=reader)
+    back = imported(tmp_path / "back", [tmp_path / "out" / "realm" / "reader"], checkpoint=first)
+    assert read_manifest(back).files == read_manifest(reader).files
 
 
 def test_two_towers_and_a_reader_come_back_unchanged_too(tmp_path: Path) -> None:
