@@ -4,7 +4,7 @@ RealmEmbedder            realm.* cls.dense.* cls.LayerNorm.*           and an un
 RealmScorer              embedder.* query_embedder.*                   equal tensors when one embedder serves both
 RealmKnowledgeAugEncoder realm.* cls.predictions.*                     decoder tied to the word embeddings
 RealmReader              realm.* qa_outputs.*                          and an unused masked-LM head
-RealmForOpenQA           embedder.* reader.* block_emb                 with block_records.npy beside it
+RealmForOpenQA           embedder.* reader.* block_emb                 with block_records.npy beside it, or .tfr from here
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from realm_core.artifacts.manifest import file_sha256
+from realm_core.compat.block_records import RECORDS, TITLES
 from realm_core.compat.foreign import (
     FINE_TUNED,
     EncoderPart,
@@ -35,7 +36,12 @@ from realm_core.model.encoder import EncoderShape
 from realm_core.model.knowledge_encoder import KnowledgeEncoder
 from realm_core.model.reader import READER_EPS, Reader
 
-CONFIG, TOKENIZER_CONFIG, VOCABULARY, RECORDS = "config.json", "tokenizer_config.json", "vocab.txt", "block_records.npy"
+CONFIG, TOKENIZER_CONFIG, VOCABULARY, PORT_RECORDS = (
+    "config.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "block_records.npy",
+)
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # names of the same function
 _HEAD, _WORDS = "cls.predictions.", "realm.embeddings.word_embeddings.weight"
 _HEAD_TENSORS = (
@@ -77,16 +83,26 @@ def read_hf(folder: Path, vocabulary: Path | None = None, records: Path | None =
         files.append(projection)
     parts = _READERS[config.architecture](_Folder(folder, config, tensors, eps))
     vocabulary = vocabulary or (folder / VOCABULARY if (folder / VOCABULARY).is_file() else None)
-    if "block_vectors" in parts:
-        records = records or (folder / RECORDS if (folder / RECORDS).is_file() else None)
-    used = [folder / CONFIG, *files, *(path for path in (vocabulary, records) if path is not None)]
+    titles = None
+    if "block_vectors" in parts and records is None:
+        records, titles = _texts_of(folder)
+    used = [folder / CONFIG, *files, *(path for path in (vocabulary, records, titles) if path is not None)]
     return Foreign(
         origins=(f"transformers {config.architecture}",),
         vocabulary=vocabulary,
         block_records=records,
+        block_titles=titles,
         sources={f"{config.architecture}/{path.name}": file_sha256(path) for path in used},
         **parts,
     )
+
+
+def _texts_of(folder: Path) -> tuple[Path | None, Path | None]:
+    """The files with the texts and the titles of the blocks."""
+    records, titles = folder / RECORDS, folder / TITLES
+    if records.is_file():
+        return records, titles if titles.is_file() else None
+    return (folder / PORT_RECORDS if (folder / PORT_RECORDS).is_file() else None), None
 
 
 def read_hf_config(path: Path) -> HfConfig:

@@ -31,13 +31,17 @@ from realm_core.text.tokenizer import Tokenizer
 from tests.published import (
     PROJECTION,
     SHAPE,
+    SPAN_WIDTH,
     TEXTS,
     VOCABULARY,
+    open_qa_state,
     port_folder,
     scorer_state,
     tf_embedder,
+    tf_reader,
     weights,
     write_bundle,
+    write_tf_records,
 )
 
 QUERIES = ["who is the king of rome?", "a text with [SEP] and [CLS] in it", "b\u00f6rn IN Paris, 12", "x"]
@@ -192,7 +196,8 @@ def test_a_reader_of_the_port_without_the_exact_projection_reads_the_scaled_one(
     for tower, part in zip(towers, (exact, scaled), strict=True):
         tower.load_state_dict(part.tensors)
     inputs = [query_inputs([5, 6, 7], None, Tokenizer(VOCABULARY))]
-    np.testing.assert_allclose(*(embedded(tower.embedder, inputs) for tower in towers), atol=1e-5)
+    first, second = (embedded(tower.embedder, inputs) for tower in towers)
+    np.testing.assert_allclose(first, second, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["dense trained on", "no epsilon", "one layer only", "unknown layer"])
@@ -235,6 +240,55 @@ def test_two_towers_and_a_reader_come_back_unchanged_too(tmp_path: Path) -> None
     assert read_manifest(back).files == read_manifest(reader).files
 
 
+PARTS = ("checkpoint", "corpus", "snapshot", "index", "reader")
+
+
+def exported_parts(folder: Path, out: Path, *left_out: str) -> Path:
+    """An export of all parts of an imported RealmForOpenQA."""
+    export_hf(**{name: folder / name for name in PARTS if name not in left_out}, out=out)
+    return out / "realm" / "open_qa"
+
+
+@pytest.mark.parametrize("settings", [{}, {"layer_norm_eps": 1e-6, "reader_layer_norm_eps": 1e-5}])
+@pytest.mark.parametrize("given", ["a snapshot", "an exact index"])
+def test_an_open_qa_model_comes_back_unchanged_with_its_vectors_and_texts(
+    tmp_path: Path, settings: dict[str, float], given: str
+) -> None:
+    config = load_config(None, "tiny", ["corpus.shards=3", "index.backend=exact"])
+    import_checkpoint(
+        read_hf(port_folder(tmp_path / "hf", "RealmForOpenQA", **settings)), config=config, out=tmp_path / "first"
+    )
+    left_out = () if given == "a snapshot" else ("snapshot",)
+    folder = exported_parts(tmp_path / "first", tmp_path / "out", *left_out)
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".txt", ".tfr"}
+    import_checkpoint(read_hf(folder), config=config, out=tmp_path / "again")
+    for name in PARTS:
+        assert read_manifest(tmp_path / "again" / name).files == read_manifest(tmp_path / "first" / name).files, name
+
+
+def test_titles_of_blocks_come_back_too(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    write_tf_records(tmp_path / "blocks.tfr", [text.encode() for text in TEXTS])
+    write_tf_records(tmp_path / "titles.tfr", [text[:3].encode() for text in TEXTS])
+    variables = {**tf_embedder(depth=4), **tf_reader(), "block_emb": open_qa_state()["block_emb"].numpy()}
+    files = [tmp_path / name for name in ("vocab.txt", "blocks.tfr", "titles.tfr")]
+    found = read_tf(write_bundle(tmp_path / "m", variables), *files, heads=SHAPE.heads, max_span_width=SPAN_WIDTH)
+    config = load_config(None, "tiny")
+    import_checkpoint(found, config=config, out=tmp_path / "first")
+    folder = exported_parts(tmp_path / "first", tmp_path / "out")
+    import_checkpoint(read_hf(folder), config=config, out=tmp_path / "again")
+    for name in PARTS:
+        assert read_manifest(tmp_path / "again" / name).files == read_manifest(tmp_path / "first" / name).files, name
+
+
+def test_an_index_that_may_have_rounded_its_vectors_makes_no_open_qa_model(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    config = load_config(None, "tiny", ["index.backend=faiss_flat"])
+    import_checkpoint(read_hf(port_folder(tmp_path / "hf", "RealmForOpenQA")), config=config, out=tmp_path / "qa")
+    assert not exported_parts(tmp_path / "qa", tmp_path / "out", "snapshot").exists()
+    assert exported_parts(tmp_path / "qa", tmp_path / "whole").is_dir()
+
+
 @pytest.mark.parametrize("backend", ["exact", "faiss_flat", "alsh"])
 def test_faiss_finds_the_rows_of_the_table(tmp_path: Path, backend: str) -> None:
     faiss = pytest.importorskip("faiss")
@@ -268,6 +322,26 @@ def test_a_question_tower_that_was_fine_tuned_is_exported_beside_the_embedder(tm
     _, tokenizer = load_retriever(first)
     assert_encodes_like(tmp_path / "out" / "question_embedder", tuned, tokenizer)
     assert 'SentenceTransformer("question_embedder")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_question_tower_that_was_fine_tuned_comes_back_alone_and_in_an_open_qa_model(tmp_path: Path) -> None:
+    config = load_config(None, "tiny", ["index.backend=exact"])
+    import_checkpoint(read_hf(port_folder(tmp_path / "q", "RealmForOpenQA")), config=config, out=tmp_path / "qa")
+    tuned = Embedder(SHAPE, PROJECTION)
+    tuned.load_state_dict(weights(tuned, seed=11))
+    parents = {"checkpoint": read_manifest(tmp_path / "qa" / "checkpoint")}
+    with building(tmp_path / "tuned", Plan(stage="finetune", code="1", config_digest="", parents=parents)) as build:
+        for name in ("reader.safetensors", "reader.json"):
+            (build.folder / name).write_bytes((tmp_path / "qa" / "reader" / name).read_bytes())
+        save_file(tuned.state_dict(), build.folder / "question_tower.safetensors")
+        build.commit({"metrics": {}})
+    parts = {name: tmp_path / "qa" / name for name in PARTS} | {"reader": tmp_path / "tuned"}
+    export_hf(**parts, out=tmp_path / "out")
+    for name in ("question_embedder", "open_qa"):
+        part = read_hf(tmp_path / "out" / "realm" / name).retriever
+        assert part is not None
+        for key, tensor in tuned.state_dict().items():
+            assert torch.equal(part.tensors[f"embedder.{key}"], tensor)
 
 
 def test_the_model_card_says_what_is_there_and_where_it_comes_from(tmp_path: Path) -> None:
