@@ -40,11 +40,11 @@ from tests.published import (
 )
 
 SMALL = (
-    "lengths.document=32",
-    "lengths.query=16",
-    "lengths.ict_query=16",
+    "lengths.document=20",
+    "lengths.query=12",
+    "lengths.ict_query=12",
     "lengths.reader=32",
-    "corpus.block_wordpieces=24",
+    "corpus.block_wordpieces=20",
     "reader.steps=2",
     "reader.searcher_beam=4",
     "index.probe_k=4",
