@@ -99,6 +99,10 @@ def export_hf(
     reader: Annotated[Path | None, typer.Option(help="A reader fine-tuned from it.")] = None,
     index: Annotated[Path | None, typer.Option(help="An index made from it.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="The corpus of the index.")] = None,
+    snapshot: Annotated[
+        Path | None,
+        typer.Option(help="The vectors of the index, for a RealmForOpenQA; an exact index has them itself."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write folders for transformers, sentence-transformers and FAISS, with a model card.
@@ -107,7 +111,7 @@ def export_hf(
     """
     from realm_core.compat.export import export_hf as export
 
-    manifest = export(checkpoint=checkpoint, out=out, reader=reader, index=index, corpus=corpus)
+    manifest = export(checkpoint=checkpoint, out=out, reader=reader, index=index, corpus=corpus, snapshot=snapshot)
     _show_all({out: manifest}, as_json)
 
 

@@ -4,7 +4,7 @@ An object array is a pickle, which can run code when it is loaded. It is never l
 """
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from realm_core.compat.crc32c import masked_crc32c
 from realm_core.compat.object_array import MAX_RECORD, ObjectArray
 from realm_core.errors import DataError
 
+RECORDS, TITLES = "block_records.tfr", "block_titles.tfr"  # in folders that this project exported
 NPY = b"\x93NUMPY"
 
 
@@ -37,6 +38,15 @@ def read_block_records(path: Path, expected: int) -> Iterator[bytes]:
     except (ValueError, IndexError, RecursionError) as error:
         reason = "cut off" if isinstance(error, IndexError) else str(error)
         raise DataError(f"{path}: {reason}; nothing in it was run, fetch the file again") from None
+
+
+def write_block_records(path: Path, records: Iterable[bytes]) -> None:
+    """A TFRecord file, which `read_block_records` reads: the published form that is no pickle."""
+    with path.open("wb") as file:
+        for record in records:
+            length = len(record).to_bytes(8, "little")
+            for part in (length, record):
+                file.write(part + masked_crc32c(part).to_bytes(4, "little"))
 
 
 def _header(path: Path) -> tuple[int, int]:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from realm_core.errors import ConfigError, DataError
 from realm_core.model.encoder import EncoderShape
+from realm_core.model.reader import READER_EPS
 
 Tensors = dict[str, Tensor]
 FINE_TUNED = "block vectors belong to the embedder before fine-tuning: search them, do not embed blocks with this one"
-_LISTED = 20  # names of a kind that one message holds
+_LISTED = 20  # of many names that are only a hint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class ReaderPart:
     tensors: Tensors
     span_hidden: int
     max_span_width: int
+    span_eps: float = READER_EPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,31 +97,49 @@ def vocabulary_size(found: Foreign) -> int:
     return sizes.pop()
 
 
-def fitted(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module], where: str) -> Tensors:
+def fitted(
+    tensors: Mapping[str, Tensor],
+    build: Callable[[], nn.Module],
+    where: str,
+    in_file: Callable[[str], str] = str,
+) -> Tensors:
     """The tensors as float32 copies, if they are exactly those of the module that `build` makes.
 
     Raises DataError naming every tensor that is missing, extra, of another shape, or not a finite number everywhere.
+    `in_file` gives the name that a tensor has in the file, which is where its owner looks for it.
     """
     expected = _shapes_of(build, where)
-    missing = sorted(expected.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - expected.keys())
-    misshapen = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
-        for name, shape in sorted(expected.items())
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if missing or extra or misshapen:
-        lists = {"missing": missing, "extra": extra, "misshapen": misshapen}
-        found = "; ".join(f"{kind}: {listed(names)}" for kind, names in lists.items() if names)
-        raise DataError(f"{where}: the tensors do not fit the configuration; {found}")
-    unusable = [name for name, tensor in tensors.items() if not tensor.is_floating_point() or tensor.is_sparse]
+    if problems := _differences(tensors, expected, in_file):
+        raise DataError(f"{where}: the tensors do not fit the configuration; {problems}")
+    unusable = [in_file(name) for name, each in tensors.items() if not each.is_floating_point() or each.is_sparse]
     if unusable:
-        raise DataError(f"{where}: not plain real numbers: {listed(unusable)}; use an unquantised checkpoint")
+        raise DataError(f"{where}: not plain real numbers: {', '.join(unusable)}; use an unquantised checkpoint")
     copies = {name: tensors[name].detach().to(torch.float32, copy=True).contiguous() for name in expected}
-    broken = [name for name, tensor in copies.items() if not tensor.isfinite().all()]
+    broken = [in_file(name) for name, tensor in copies.items() if not tensor.isfinite().all()]
     if broken:
-        raise DataError(f"{where}: values that are not finite in {listed(broken)}; the checkpoint is damaged")
+        raise DataError(f"{where}: values that are not finite in {', '.join(broken)}; the checkpoint is damaged")
     return copies
+
+
+def _differences(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], in_file: Callable[[str], str]
+) -> str:
+    """What is missing, extra and misshapen, all of it by name; nothing if everything fits."""
+    lists = {
+        "missing": [in_file(name) for name in sorted(expected.keys() - tensors.keys())],
+        "extra": [in_file(name) for name in sorted(tensors.keys() - expected.keys())],
+        "misshapen": [
+            f"{in_file(name)} {_size(tensors[name].shape, in_file(name))} instead of {_size(shape, in_file(name))}"
+            for name, shape in sorted(expected.items())
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names)
+
+
+def _size(shape: torch.Size, name: str) -> tuple[int, ...]:
+    """The shape in the file: TensorFlow's kernels have their inputs first."""
+    return tuple(reversed(shape)) if name.endswith("/kernel") else tuple(shape)
 
 
 def require_layers(names: Iterable[str], layers: int, where: str) -> None:

@@ -3,7 +3,8 @@
 A folder of reference vectors holds, for a family F and a set s, `F_s.config.json`, `F_s.inputs.npz`, `F_s.outputs.npz`,
 `F_s.state.safetensors` and the like, or one `F_s.json`. Outputs are called NAME/f32 and NAME/f64, or NAME alone where
 they are integers or booleans. A family is one function that computes the same names here. Nothing depends on the name
-of a set or on its sizes; an output that is not computed and a family that is not known count as misses.
+of a set or on its sizes; an output that is not computed, a JSON value that no check looks at and a family that is not
+known count as misses.
 """
 
 import json
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from realm_core.compat import golden_model, golden_openqa, golden_text
-from realm_core.compat.golden_case import CaseFiles, Comparison, Family, Section
+from realm_core.compat.golden_case import UNREAD, CaseFiles, Comparison, Family, Section
 from realm_core.errors import DataError
 
 TOLERANCE = {"float32": (1e-4, 2e-5), "float64": (1e-9, 1e-10)}  # relative, absolute
@@ -112,11 +113,13 @@ def _miss(case: str, precision: str, message: str) -> GoldenResult:
 
 
 def _judge(case: str, precision: str, comparison: Comparison) -> GoldenResult:
+    if comparison.found is UNREAD:
+        return _miss(case, precision, "no check here looks at this value")
     found, expected = _plain(comparison.found), _plain(comparison.expected)
     if found is None and expected is not None:
         return _miss(case, precision, "not computed")
-    if comparison.precision == "exact" or not _is_real(expected):
-        equal = np.array_equal(found, expected) if isinstance(expected, np.ndarray) else found == expected
+    if comparison.precision == "exact" or not _are_real(found, expected):
+        equal = _are_equal(found, expected)
         message = "equal" if equal else f"found {_short(found)}, expected {_short(expected)}"
         return GoldenResult(case, precision, 0.0 if equal else 1.0, equal, message)
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
@@ -136,8 +139,23 @@ def _plain(value: Any) -> Any:
     return value.detach().numpy() if isinstance(value, torch.Tensor) else value
 
 
-def _is_real(value: Any) -> bool:
-    return np.asarray(value).dtype.kind == "f"
+def _are_real(found: Any, expected: Any) -> bool:
+    """Whether these are numbers to be compared within a tolerance. JSON writes a real number as 1 where it is whole."""
+    kinds = _kind(found) + _kind(expected)
+    return "f" in kinds and not set(kinds) - set("biuf")
+
+
+def _kind(value: Any) -> str:
+    try:
+        return np.asarray(value).dtype.kind
+    except ValueError:  # lists of different lengths
+        return "O"
+
+
+def _are_equal(found: Any, expected: Any) -> bool:
+    if isinstance(found, np.ndarray) or isinstance(expected, np.ndarray):
+        return np.array_equal(found, expected)
+    return bool(found == expected)
 
 
 def _short(value: Any) -> str:

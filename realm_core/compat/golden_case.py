@@ -1,7 +1,7 @@
 """The files of a reference case, and what a check returns. See `golden` for the layout of the folder."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from realm_core.compat.golden_keys import noted, plain, unread
 from realm_core.errors import DataError
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -80,7 +81,16 @@ class Section:
     file: Mapping[str, Any]
 
 
+Record = tuple[str, Any, Any]  # name, found, expected
 Check = Callable[[Any, str], Iterable[Comparison]]  # (CaseFiles or Section, precision) -> comparisons
+CompareExtra = Callable[[CaseFiles, Any, Mapping[str, Any]], Iterable[Record]]  # extra.json, what was computed
+
+
+class _Unread:
+    """Stands for the result of a check that does not exist."""
+
+
+UNREAD = _Unread()
 
 
 @dataclass(frozen=True)
@@ -91,13 +101,24 @@ class Family:
     precisions: tuple[str, ...]
 
 
-def from_outputs(compute: Callable[[CaseFiles, torch.dtype], Mapping[str, Any]]) -> Family:
-    """A family whose outputs are an npz file: every array in it is compared with what `compute` calls the same."""
+def from_outputs(
+    compute: Callable[[CaseFiles, torch.dtype], Mapping[str, Any]],
+    compare_extra: CompareExtra | None = None,
+) -> Family:
+    """A family whose outputs are an npz file: every array in it is compared with what `compute` calls the same.
+
+    `compare_extra` compares what an `extra.json` adds.
+    """
 
     def check(case: CaseFiles, precision: str) -> Iterable[Comparison]:
         expected = _outputs_in(case.arrays("outputs.npz"), precision)
         found = compute(case, DTYPES[precision])
-        return [Comparison(name, found.get(name), array, precision) for name, array in expected.items()]
+        comparisons = [Comparison(name, found.get(name), array, precision) for name, array in expected.items()]
+        if case.path("extra.json").is_file():
+            extra = noted(case.json("extra.json"))
+            records = _complete(extra, compare_extra(case, extra, found) if compare_extra else (), ())
+            comparisons += [Comparison(f"extra/{name}", mine, theirs, "exact") for name, mine, theirs in records]
+        return comparisons
 
     return Family(check, tuple(DTYPES))
 
@@ -112,15 +133,36 @@ def _outputs_in(arrays: Mapping[str, np.ndarray], precision: str) -> dict[str, n
     return {**plain, **chosen}
 
 
-def from_float32_records(compute: Callable[[Any, torch.dtype], Iterable[tuple[str, Any, Any]]]) -> Family:
-    """A JSON section with float32 results: both precisions run, and are held to the float32 tolerance."""
+def from_float32_records(
+    compute: Callable[[Any, torch.dtype], Iterable[Record]], inputs: Collection[str] = ()
+) -> Family:
+    """A JSON section with float32 results: both precisions run, and are held to the float32 tolerance.
+
+    `inputs` are the keys that are no results: what the reference was given, and what people may want to know of it.
+    """
 
     def check(section: Section, precision: str) -> Iterable[Comparison]:
-        return [Comparison(*record, "float32") for record in compute(section.content, DTYPES[precision])]
+        content = noted(section.content)
+        records = _complete(content, compute(content, DTYPES[precision]), inputs)
+        return [Comparison(*record, "float32") for record in records]
 
     return Family(check, tuple(DTYPES))
 
 
-def exact(compute: Callable[[Section], Iterable[tuple[str, Any, Any]]]) -> Family:
-    """Text and integers: equal or not."""
-    return Family(lambda section, _: [Comparison(*record, "exact") for record in compute(section)], ("exact",))
+def exact(compute: Callable[[Section], Iterable[Record]], inputs: Collection[str] = ()) -> Family:
+    """Text and integers: equal or not. `inputs` as for `from_float32_records`."""
+
+    def check(section: Section, _: str) -> Iterable[Comparison]:
+        content = noted(section.content)
+        records = _complete(content, compute(Section(content, section.file)), inputs)
+        return [Comparison(*record, "exact") for record in records]
+
+    return Family(check, ("exact",))
+
+
+def _complete(content: Any, records: Iterable[Record], inputs: Collection[str]) -> Iterable[Record]:
+    """The records, and after them one for every value that none of them looked at."""
+    for name, found, expected in records:
+        yield name, found, plain(expected)
+    for place in unread(content, inputs):
+        yield place, UNREAD, None

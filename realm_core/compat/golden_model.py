@@ -5,9 +5,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from realm_core.compat.golden_case import CaseFiles, Family, from_float32_records, from_outputs
+from realm_core.compat.golden_case import CaseFiles, Family, Record, from_float32_records, from_outputs
+from realm_core.compat.hf import TANH_GELU
+from realm_core.config import PretrainConfig
+from realm_core.errors import DataError
 from realm_core.model.embedder import Embedder, Retriever
 from realm_core.model.embedder import relevance as relevance_of
 from realm_core.model.encoder import EncoderShape
@@ -22,14 +26,16 @@ from realm_core.model.objectives import (
     retriever_loss,
 )
 from realm_core.model.reader import Reader, best_span, correct_spans, span_candidates
-from realm_core.train.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from realm_core.train.optimizer import NO_DECAY, build_optimizer, clip_gradients, set_learning_rate, warmup_steps
 
 IGNORED = -100  # label of a position that is not predicted, in the PyTorch port
 TF_MASK_VALUE = -10000.0  # what the original code adds to wrong entries
 
 
 def shape_of(config: Mapping[str, Any]) -> EncoderShape:
-    """Encoder sizes from a published configuration."""
+    """Encoder sizes from a published configuration. Raises DataError for another activation than the project has."""
+    if (act := config.get("hidden_act", "gelu_new")) not in TANH_GELU:
+        raise DataError(f"hidden_act is {act!r}; only the tanh form of GELU is computed")
     return EncoderShape(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -41,6 +47,18 @@ def shape_of(config: Mapping[str, Any]) -> EncoderShape:
         dropout=config["hidden_dropout_prob"],
         layer_norm_eps=config.get("layer_norm_eps", 1e-12),
     )
+
+
+def embedder_of(config: Mapping[str, Any]) -> Embedder:
+    """An embedder with the sizes of a published configuration; its one epsilon is the projection's as well."""
+    shape = shape_of(config)
+    return Embedder(shape, config["retriever_proj_size"], shape.layer_norm_eps)
+
+
+def retriever_of(config: Mapping[str, Any], share: bool = True) -> Retriever:
+    """A retriever with the sizes of a published configuration; see `embedder_of`."""
+    shape = shape_of(config)
+    return Retriever(shape, config["retriever_proj_size"], shape.layer_norm_eps, share=share)
 
 
 def reader_of(config: Mapping[str, Any]) -> Reader:
@@ -58,7 +76,7 @@ def gradients(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 def _embedder(case: CaseFiles, dtype: torch.dtype) -> dict[str, Any]:
     config, inputs = case.json("config.json"), case.inputs(dtype)
-    embedder = Embedder(shape_of(config), config["retriever_proj_size"])
+    embedder = embedder_of(config)
     case.load(embedder, dtype)
     found: dict[str, Any] = {}
     for role in ("query", "doc"):
@@ -73,12 +91,21 @@ def _embedder(case: CaseFiles, dtype: torch.dtype) -> dict[str, Any]:
     return found | gradients(embedder, "query/grad:")
 
 
+def _without_gradient(case: CaseFiles, extra: Any, found: Mapping[str, Any]) -> Iterator[Record]:
+    """Parameters of the file that the loss does not reach: those that the embedder here does not even have."""
+    tensors = load_file(case.path("state.safetensors"))
+    tied = {"cls.predictions.decoder.bias"}  # the same parameter as cls.predictions.bias
+    reached = {name.removeprefix("query/grad:") for name in found if name.startswith("query/grad:")}
+    unreached = sorted(name for name in tensors.keys() - reached - tied if not name.endswith("position_ids"))
+    yield "parameters_without_gradient", unreached, sorted(extra["parameters_without_gradient"])
+
+
 def _scorer(case: CaseFiles, dtype: torch.dtype) -> dict[str, Any]:
     config, inputs = case.json("config.json"), case.inputs(dtype)
     found: dict[str, Any] = {}
 
     def score(share: bool, part: str) -> tuple[Retriever, Tensor, Tensor]:
-        retriever = Retriever(shape_of(config), config["retriever_proj_size"], share=share)
+        retriever = retriever_of(config, share)
         case.load(retriever, dtype, part)
         keys = ("input_ids", "token_type_ids", "attention_mask")
         queries = retriever.embed_queries(*(inputs[key] for key in keys))
@@ -141,7 +168,7 @@ def _knowledge_encoder(case: CaseFiles, dtype: torch.dtype) -> dict[str, Any]:
 
 def _joint_pretraining(case: CaseFiles, dtype: torch.dtype) -> dict[str, Any]:
     config, inputs = case.json("config.json"), case.inputs(dtype)
-    retriever = Retriever(shape_of(config), config["retriever_proj_size"])
+    retriever = retriever_of(config)
     case.load(retriever, dtype, "scorer.state.safetensors")
     encoder = KnowledgeEncoder(shape_of(config))
     case.load(encoder, dtype, "encoder.state.safetensors")
@@ -228,7 +255,7 @@ def _tensor(values: Any, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
-def _ict_projection(record: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
+def _ict_projection(record: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Record]:
     features = _tensor(record["x"], dtype)
     kernel = _tensor(record["kernel"], dtype)
     shape = EncoderShape(vocab_size=1, hidden_size=kernel.shape[0], layers=1, heads=1, intermediate_size=1)
@@ -239,7 +266,7 @@ def _ict_projection(record: Mapping[str, Any], dtype: torch.dtype) -> Iterator[t
         yield "out", embedder.project(features), record["out"]
 
 
-def _orqa(record: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
+def _orqa(record: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Record]:
     spans, gold = record["span_candidates"], record["correct_candidates"]
     inside = torch.tensor(spans["mask"])
     starts, ends = span_candidates(inside.shape[1], spans["max_span_width"])
@@ -263,7 +290,7 @@ def _orqa(record: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, 
         yield f"{case['case']}/retriever_marginal_log_loss", raw, case["retriever_marginal_log_loss"]
 
 
-def _realm_model_fn(record: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
+def _realm_model_fn(record: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Record]:
     queries = _tensor(record["query_emb"], dtype).requires_grad_()
     documents = _tensor(record["candidate_emb"], dtype).requires_grad_()
     logits = _tensor(record["mlm_logits"], dtype).requires_grad_()
@@ -279,10 +306,15 @@ def _realm_model_fn(record: Mapping[str, Any], dtype: torch.dtype) -> Iterator[t
     yield "grad_candidate_emb", documents.grad, record["grad_candidate_emb"]
     yield "grad_mlm_logits", logits.grad, record["grad_mlm_logits"]
     utility = retrieval_utility(relevance, gold_logp, real)
-    yield "retrieval_utility", utility, record["metrics"]["retrieval_utility"]
+    metrics = record["metrics"]
+    yield "retrieval_utility", utility, metrics["retrieval_utility"]
+    yield "off_policy_delay_mins", 0.0, metrics["off_policy_delay_mins"]  # of the first index, which is all that is fed
+    # The record says nothing of a length, so it is that of the published run, which is the default here too.
+    steps = record.get("num_train_steps", PretrainConfig.model_fields["steps"].default)
+    yield "num_warmup_steps", warmup_steps(steps), record["num_warmup_steps"]
 
 
-def _bert_adam(record: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
+def _bert_adam(record: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Record]:
     inputs, target = _tensor(record["inputs"], dtype), _tensor(record["target"], dtype)
     weights = {name: nn.Parameter(_tensor(values, dtype)) for name, values in record["init"].items()}
     optimizer = build_optimizer(
@@ -291,6 +323,9 @@ def _bert_adam(record: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[
         weight_decay=record["weight_decay"],
         eps=record["epsilon"],
     )
+    for group in optimizer.param_groups:
+        group["betas"] = (record["beta_1"], record["beta_2"])
+    yield "no_decay_patterns", sorted(NO_DECAY.pattern.split("|")), sorted(record["no_decay_patterns"])
     for step, reference in enumerate(record["trajectory"]):
         scaled = (inputs @ weights["dense/kernel"] + weights["dense/bias"]) * weights["LayerNorm/gamma"]
         hidden = torch.tanh(scaled * weights["layer_normalization/gamma"])
@@ -306,13 +341,13 @@ def _bert_adam(record: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[
 
 
 FAMILIES: dict[str, Family] = {
-    "RealmEmbedder": from_outputs(_embedder),
+    "RealmEmbedder": from_outputs(_embedder, _without_gradient),
     "RealmScorer": from_outputs(_scorer),
     "RealmKnowledgeAugEncoder": from_outputs(_knowledge_encoder),
     "joint_pretraining": from_outputs(_joint_pretraining),
     "RealmReader": from_outputs(_reader),
     "tf_original.ict_projection": from_float32_records(_ict_projection),
     "tf_original.orqa": from_float32_records(_orqa),
-    "tf_original.realm_model_fn": from_float32_records(_realm_model_fn),
-    "tf_original.bert_adam": from_float32_records(_bert_adam),
+    "tf_original.realm_model_fn": from_float32_records(_realm_model_fn, inputs=("note",)),
+    "tf_original.bert_adam": from_float32_records(_bert_adam, inputs=("model",)),
 }

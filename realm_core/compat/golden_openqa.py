@@ -4,28 +4,28 @@ The PyTorch port builds reader inputs in its own way (both texts are cut, longes
 dropped; padding to the longest block). That way is rebuilt here; the project itself never cuts a question.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from tokenizers.decoders import WordPiece as WordPieceDecoder
 from torch import Tensor
 
-from realm_core.compat.golden_case import CaseFiles, Family, from_outputs
-from realm_core.compat.golden_model import gradients, read, reader_of, shape_of
+from realm_core.compat.golden_case import CaseFiles, Family, Record, from_outputs
+from realm_core.compat.golden_model import embedder_of, gradients, read, reader_of
 from realm_core.compat.golden_text import pad_gold
 from realm_core.data.answers import gold_spans
 from realm_core.data.formats import reader_inputs, stack
 from realm_core.index.exact import exact_search
-from realm_core.model.embedder import Embedder
 from realm_core.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 def _open_qa(case: CaseFiles, dtype: torch.dtype) -> dict[str, Any]:
     config, extra = case.json("config.json"), case.json("extra.json")
     tokenizer = Tokenizer(extra["vocab"])
-    embedder, reader = Embedder(shape_of(config), config["retriever_proj_size"]), reader_of(config)
+    embedder, reader = embedder_of(config), reader_of(config)
     case.load(embedder, dtype, prefix="embedder.")
     case.load(reader, dtype, prefix="reader.")
     vectors = load_file(case.path("state.safetensors"))["block_emb"].to(dtype)
@@ -100,4 +100,22 @@ def _gold(inputs: Mapping[str, Tensor], answer_ids: Sequence[Sequence[int]]) -> 
     }
 
 
-FAMILIES: dict[str, Family] = {"RealmForOpenQA": from_outputs(_open_qa)}
+def _texts(case: CaseFiles, extra: Any, found: Mapping[str, Any]) -> Iterator[Record]:
+    """What stands beside the arrays: ids of questions and answers, block texts as bytes, and answers in words."""
+    tokenizer, inputs = Tokenizer(extra["vocab"]), case.arrays("inputs.npz")
+    for number, question in enumerate(extra["questions"]):
+        name = f"q{number}"
+        asked = [[tokenizer.cls_id, *tokenizer.ids(question), tokenizer.sep_id]]
+        yield f"{name}/input_ids", asked, inputs[f"{name}/input_ids"].tolist()
+        yield f"answer_ids/{name}", tokenizer.batch_ids(extra["answers"][number]), extra["answer_ids"][name]
+    yield "block_records_utf8", [text.encode() for text in extra["blocks"]], inputs["block_records_utf8"].tolist()
+    for name, expected in extra["predictions"].items():
+        yield f"predictions/{name}", _in_words(found[f"{name}/predicted_answer_ids"].tolist(), tokenizer), expected
+
+
+def _in_words(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Wordpieces as the port prints them; the project itself copies an answer from the text of its block."""
+    return WordPieceDecoder().decode(tokenizer.pieces(ids))
+
+
+FAMILIES: dict[str, Family] = {"RealmForOpenQA": from_outputs(_open_qa, _texts)}

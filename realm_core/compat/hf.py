@@ -4,7 +4,7 @@ RealmEmbedder            realm.* cls.dense.* cls.LayerNorm.*           and an un
 RealmScorer              embedder.* query_embedder.*                   equal tensors when one embedder serves both
 RealmKnowledgeAugEncoder realm.* cls.predictions.*                     decoder tied to the word embeddings
 RealmReader              realm.* qa_outputs.*                          and an unused masked-LM head
-RealmForOpenQA           embedder.* reader.* block_emb                 with block_records.npy beside it
+RealmForOpenQA           embedder.* reader.* block_emb                 with block_records.npy beside it, or .tfr from here
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from realm_core.artifacts.manifest import file_sha256
+from realm_core.compat.block_records import RECORDS, TITLES
 from realm_core.compat.foreign import (
     FINE_TUNED,
     EncoderPart,
@@ -27,16 +28,21 @@ from realm_core.compat.foreign import (
     fitted,
     require_layers,
 )
+from realm_core.compat.projection import PROJECTION, PROJECTION_EPS, projection_names, scaled_projection
 from realm_core.compat.weight_files import read_json, read_weights, weight_files
 from realm_core.errors import ConfigError, DataError
 from realm_core.model.embedder import Retriever
 from realm_core.model.encoder import EncoderShape
 from realm_core.model.knowledge_encoder import KnowledgeEncoder
-from realm_core.model.reader import Reader
+from realm_core.model.reader import READER_EPS, Reader
 
-CONFIG, TOKENIZER_CONFIG, VOCABULARY, RECORDS = "config.json", "tokenizer_config.json", "vocab.txt", "block_records.npy"
-READER_EPS = 1e-3  # of the span head; the project's readers know no other
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # names of the same function
+CONFIG, TOKENIZER_CONFIG, VOCABULARY, PORT_RECORDS = (
+    "config.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "block_records.npy",
+)
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # names of the same function
 _HEAD, _WORDS = "cls.predictions.", "realm.embeddings.word_embeddings.weight"
 _HEAD_TENSORS = (
     "bias",
@@ -59,6 +65,7 @@ class HfConfig:
     projection_size: int
     span_hidden: int
     max_span_width: int
+    span_eps: float
     block_records: int
 
 
@@ -69,19 +76,33 @@ def read_hf(folder: Path, vocabulary: Path | None = None, records: Path | None =
     files = weight_files(folder)
     tensors = read_weights(files)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("embeddings.position_ids")}
-    read = _READERS[config.architecture]
-    parts = read(_Folder(folder, config, tensors))
+    projection = folder / PROJECTION
+    eps = config.shape.layer_norm_eps  # the port takes one epsilon for the projection and for every layer
+    if projection.is_file():
+        eps = _restore_projection(tensors, projection, eps)
+        files.append(projection)
+    parts = _READERS[config.architecture](_Folder(folder, config, tensors, eps))
     vocabulary = vocabulary or (folder / VOCABULARY if (folder / VOCABULARY).is_file() else None)
-    if "block_vectors" in parts:
-        records = records or (folder / RECORDS if (folder / RECORDS).is_file() else None)
-    used = [folder / CONFIG, *files, *(path for path in (vocabulary, records) if path is not None)]
+    titles = None
+    if "block_vectors" in parts and records is None:
+        records, titles = _texts_of(folder)
+    used = [folder / CONFIG, *files, *(path for path in (vocabulary, records, titles) if path is not None)]
     return Foreign(
         origins=(f"transformers {config.architecture}",),
         vocabulary=vocabulary,
         block_records=records,
+        block_titles=titles,
         sources={f"{config.architecture}/{path.name}": file_sha256(path) for path in used},
         **parts,
     )
+
+
+def _texts_of(folder: Path) -> tuple[Path | None, Path | None]:
+    """The files with the texts and the titles of the blocks."""
+    records, titles = folder / RECORDS, folder / TITLES
+    if records.is_file():
+        return records, titles if titles.is_file() else None
+    return (folder / PORT_RECORDS if (folder / PORT_RECORDS).is_file() else None), None
 
 
 def read_hf_config(path: Path) -> HfConfig:
@@ -92,13 +113,14 @@ def read_hf_config(path: Path) -> HfConfig:
     if name not in _READERS:
         raise DataError(f"{path}: architectures is {names}; this command reads one of {', '.join(_READERS)}")
     act = values.get("hidden_act", "gelu_new")
-    if act not in _TANH_GELU:
-        raise DataError(f"{path}: hidden_act is {act!r}; only the tanh form of GELU ({_TANH_GELU[0]}) is computed")
+    if act not in TANH_GELU:
+        raise DataError(f"{path}: hidden_act is {act!r}; only the tanh form of GELU ({TANH_GELU[0]}) is computed")
     dropout = _real(values, "hidden_dropout_prob", 0.1, path)
     if _real(values, "attention_probs_dropout_prob", 0.1, path) != dropout:
-        raise DataError(f"{path}: two different dropout rates; set attention_probs_dropout_prob to {dropout}")
-    if _real(values, "reader_layer_norm_eps", READER_EPS, path) != READER_EPS:
-        raise DataError(f"{path}: reader_layer_norm_eps is not {READER_EPS}, which the original code fixes")
+        raise DataError(f"{path}: two different dropout rates, the model here has one; set both to the same")
+    reader_eps = _real(values, "reader_layer_norm_eps", READER_EPS, path)
+    if not 0.0 < reader_eps < 1.0:
+        raise DataError(f"{path}: reader_layer_norm_eps is {reader_eps}, expected a small positive number")
     try:
         shape = EncoderShape(
             vocab_size=_whole(values, "vocab_size", 30522, path),
@@ -119,6 +141,7 @@ def read_hf_config(path: Path) -> HfConfig:
         projection_size=_whole(values, "retriever_proj_size", 128, path),
         span_hidden=_whole(values, "span_hidden_size", 256, path),
         max_span_width=_whole(values, "max_span_width", 10, path),
+        span_eps=reader_eps,
         block_records=_whole(values, "num_block_records", 13353718, path),
     )
 
@@ -126,13 +149,14 @@ def read_hf_config(path: Path) -> HfConfig:
 class _Folder:
     """The tensors of one folder, taken apart by the prefixes of the modules they belong to."""
 
-    def __init__(self, folder: Path, config: HfConfig, tensors: Tensors) -> None:
-        self.folder, self.config, self.tensors = folder, config, tensors
+    def __init__(self, folder: Path, config: HfConfig, tensors: Tensors, projection_eps: float) -> None:
+        self.folder, self.config, self.tensors, self.projection_eps = folder, config, tensors, projection_eps
         self.where = f"{folder} ({config.architecture})"
 
     def embedder(self) -> dict[str, Any]:
         head_free = _without_head(self.tensors, "")
-        return {"retriever": self._retriever({f"embedder.{name}": tensor for name, tensor in head_free.items()})}
+        tensors = {f"embedder.{name}": tensor for name, tensor in head_free.items()}
+        return {"retriever": self._retriever(tensors, in_file=lambda name: name.removeprefix("embedder."))}
 
     def scorer(self) -> dict[str, Any]:
         tensors = _without_head(_without_head(self.tensors, "embedder."), "query_embedder.")
@@ -146,7 +170,11 @@ class _Folder:
         towers = {f"embedder.{name}": tensor for name, tensor in document.items()}
         if not shared:
             towers |= {f"query_embedder.{name}": tensor for name, tensor in query.items()}
-        return {"retriever": self._retriever({**foreign, **towers}, share=shared)}
+        return {"retriever": self._retriever({**foreign, **towers}, shared, self._of_either_tower)}
+
+    def _of_either_tower(self, name: str) -> str:
+        other = f"query_{name}"
+        return other if name not in self.tensors and other in self.tensors else name
 
     def encoder(self) -> dict[str, Any]:
         require_layers(self.tensors, self.config.shape.layers, self.where)
@@ -156,37 +184,37 @@ class _Folder:
             "encoder": EncoderPart(shape=shape, tensors=fitted(tensors, lambda: KnowledgeEncoder(shape), self.where))
         }
 
-    def reader(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        tensors = _without_head(self.tensors if tensors is None else tensors, "")
+    def reader(self, prefix: str = "") -> dict[str, Any]:
+        tensors = _without_head(_below(self.tensors, prefix), "")
         config = self.config
         require_layers(tensors, config.shape.layers, self.where)
-        build = lambda: Reader(config.shape, config.span_hidden, config.max_span_width, READER_EPS)  # noqa: E731
+        build = lambda: Reader(config.shape, config.span_hidden, config.max_span_width, config.span_eps)  # noqa: E731
         part = ReaderPart(
             shape=config.shape,
-            tensors=fitted(tensors, build, self.where),
+            tensors=fitted(tensors, build, self.where, lambda name: prefix + name),
             span_hidden=config.span_hidden,
             max_span_width=config.max_span_width,
+            span_eps=config.span_eps,
         )
         return {"reader": part}
 
     def open_qa(self) -> dict[str, Any]:
-        reader, rest = _below(self.tensors, "reader."), dict(self.tensors)
-        for name in reader:
-            del rest[f"reader.{name}"]
+        rest = {name: tensor for name, tensor in self.tensors.items() if not name.startswith("reader.")}
         vectors = self._block_vectors(rest.pop("block_emb", None))
         parts = {"retriever": self._retriever(_without_head(rest, "embedder."))}
-        return {**parts, **self.reader(reader), "block_vectors": vectors, "notes": (FINE_TUNED,)}
+        return {**parts, **self.reader("reader."), "block_vectors": vectors, "notes": (FINE_TUNED,)}
 
-    def _retriever(self, tensors: Mapping[str, Tensor], share: bool = True) -> RetrieverPart:
+    def _retriever(
+        self, tensors: Mapping[str, Tensor], share: bool = True, in_file: Callable[[str], str] = str
+    ) -> RetrieverPart:
         shape, width = self.config.shape, self.config.projection_size
         require_layers([name for name in tensors if name.startswith("embedder.")], shape.layers, self.where)
-        # The port takes one epsilon for the projection and for every layer.
-        build = lambda: Retriever(shape, width, shape.layer_norm_eps, share=share)  # noqa: E731
+        build = lambda: Retriever(shape, width, self.projection_eps, share=share)  # noqa: E731
         return RetrieverPart(
             shape=shape,
-            tensors=fitted(tensors, build, self.where),
+            tensors=fitted(tensors, build, self.where, in_file),
             projection_size=width,
-            projection_eps=shape.layer_norm_eps,
+            projection_eps=self.projection_eps,
             share=share,
         )
 
@@ -209,6 +237,22 @@ _READERS: dict[str, Callable[[_Folder], dict[str, Any]]] = {
     "RealmReader": _Folder.reader,
     "RealmForOpenQA": _Folder.open_qa,
 }
+
+
+def _restore_projection(tensors: Tensors, path: Path, eps: float) -> float:
+    """Put back the dense layers that an export had to scale to `eps`; returns the epsilon that they belong to."""
+    exact = read_weights([path])
+    stored = exact.pop(PROJECTION_EPS, None)
+    if stored is None or stored.shape != () or not float(stored) > 0.0 or not exact:
+        raise DataError(f"{path}: no {PROJECTION_EPS} above 0 and a dense layer with it; export the checkpoint again")
+    scaled = scaled_projection(exact, float(stored), eps)
+    whole = scaled.keys() == exact.keys() and sorted(exact) == projection_names(tensors)
+    if not whole or not all(_same(tensor, tensors[name]) for name, tensor in scaled.items()):
+        raise DataError(
+            f"{path}: not the projection of the weights beside it; if those were trained on, delete this file"
+        )
+    tensors.update(exact)
+    return float(stored)
 
 
 def _without_head(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:

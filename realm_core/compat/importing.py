@@ -21,10 +21,11 @@ from realm_core.artifacts.manifest import Manifest, Plan, read_manifest
 from realm_core.artifacts.publish import Build, building, finished
 from realm_core.compat.bert_layout import write_masked_lm
 from realm_core.compat.foreign import EncoderPart, Foreign, ReaderPart, RetrieverPart, vocabulary_size
-from realm_core.compat.passages import write_corpus, write_index, write_snapshot
+from realm_core.compat.passages import require_passages, write_corpus, write_index, write_snapshot
 from realm_core.config import Config
 from realm_core.errors import ArtifactError, DataError
 from realm_core.model.bundle import EMBEDDER, ENCODER, SHAPES, VOCABULARY, encoder_shape
+from realm_core.model.reader import READER_EPS
 from realm_core.text.tokenizer import Tokenizer
 
 STAGE, CODE = "import", "1"
@@ -54,9 +55,13 @@ def import_checkpoint(found: Foreign, *, config: Config, out: Path, checkpoint: 
     if found.reader is None and not with_texts:
         return {out: _write_checkpoint(found, retriever, tokenizer, out)}
     made: Artifacts = {}
+    if with_texts:  # texts are what can be wrong, so nothing is published before them
+        require_passages(found)
+        plan = _plan(found, {}, settings={"corpus": config.digest("corpus")})
+        made[out / "corpus"] = write_corpus(found, config, tokenizer, plan, out / "corpus")
     made[out / "checkpoint"] = _write_checkpoint(found, retriever, tokenizer, out / "checkpoint")
     if with_texts:
-        made |= _write_passages(found, made[out / "checkpoint"], config, tokenizer, out)
+        made |= _write_vectors(found, {role: made[out / role] for role in ("checkpoint", "corpus")}, config, out)
     if found.reader is not None:
         parents = {role: made[out / role] for role in ("checkpoint", "corpus", "index") if out / role in made}
         made[out / "reader"] = _write_reader(found, found.reader, parents, out / "reader")
@@ -107,11 +112,13 @@ def _write_weights(found: Foreign, encoder: EncoderPart, tokenizer: Tokenizer, o
 
 
 def _write_reader(found: Foreign, reader: ReaderPart, parents: Mapping[str, Manifest], out: Path) -> Manifest:
-    shapes = {
+    shapes: dict[str, Any] = {
         "encoder": asdict(reader.shape),
         "span_hidden": reader.span_hidden,
         "max_span_width": reader.max_span_width,
     }
+    if reader.span_eps != READER_EPS:
+        shapes["eps"] = reader.span_eps
     plan = _plan(found, parents, settings={"reader": shapes})
     if done := finished(out, plan):
         return done
@@ -138,18 +145,14 @@ def _reader_alone(found: Foreign, reader: ReaderPart, checkpoint: Path | None, o
     return {out: _write_reader(found, reader, {"checkpoint": manifest}, out)}
 
 
-def _write_passages(found: Foreign, checkpoint: Manifest, config: Config, tokenizer: Tokenizer, out: Path) -> Artifacts:
-    """Corpus, snapshot and index of published block vectors; each names the ones before it as its parents."""
-    made: Artifacts = {}
-    corpus, snapshot, index = out / "corpus", out / "snapshot", out / "index"
-    plan = _plan(found, {}, settings={"corpus": config.digest("corpus")})
-    made[corpus] = write_corpus(found, config, tokenizer, plan, corpus)
-    parents = {"checkpoint": checkpoint, "corpus": made[corpus]}
-    made[snapshot] = write_snapshot(found, corpus, _plan(found, parents, settings={"snapshot": ""}), snapshot)
+def _write_vectors(found: Foreign, parents: Mapping[str, Manifest], config: Config, out: Path) -> Artifacts:
+    """Snapshot and index of published block vectors; each names the ones before it as its parents."""
+    snapshot, index = out / "snapshot", out / "index"
+    plan = _plan(found, parents, settings={"snapshot": ""})
+    made = {snapshot: write_snapshot(found, out / "corpus", plan, snapshot)}
     parents = {"snapshot": made[snapshot], **parents}
-    made[index] = write_index(
-        snapshot, config, _plan(found, parents, settings={"index": config.digest("index")}), index
-    )
+    plan = _plan(found, parents, settings={"index": config.digest("index")})
+    made[index] = write_index(snapshot, config, plan, index)
     return made
 
 

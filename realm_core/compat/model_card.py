@@ -52,6 +52,8 @@ def _folders(contents: Contents) -> Iterator[str]:
         yield "- `encoder/`: the knowledge-augmented encoder as BertForMaskedLM; its input is `query [SEP] document`"
     for name, architecture in contents.classes.items():
         yield f"- `realm/{name}/`: the layout of transformers' {architecture} (version 4.40)"
+    if "open_qa" in contents.classes:
+        yield "  with `block_emb`, and the texts of its rows as TFRecord files: the object array of the port is a pickle"
     if contents.passages:
         yield f"- `passages/`: FAISS index over {contents.passages} passages, and their texts in the order of its rows"
 

@@ -26,7 +26,22 @@ from realm_core.index.snapshot import Snapshot, vector_report, write_matrix
 from realm_core.model.bundle import EMBEDDER
 from realm_core.text.tokenizer import Tokenizer
 
+_ROWS_AT_ONCE = 1 << 16
 _WHOLE = 1 << 30  # wordpieces; a published block is never cut again
+
+
+def require_passages(found: Foreign) -> None:
+    """Raise DataError unless every vector is finite and has exactly one text. Writes nothing; reads all records once."""
+    assert found.block_vectors is not None and found.block_records is not None
+    rows = len(found.block_vectors)
+    parts = (found.block_vectors[start : start + _ROWS_AT_ONCE] for start in range(0, rows, _ROWS_AT_ONCE))
+    if bad := sum(int((~np.isfinite(part)).any(axis=1).sum()) for part in parts):
+        raise DataError(f"{found.origins[0]}: {bad} block vectors are not finite; the checkpoint is damaged")
+    empty = sum(not document.text.strip() for document in _documents(found.block_records, found.block_titles, rows))
+    if empty:
+        raise DataError(
+            f"{found.block_records}: {empty} of {rows} records hold no text; every block vector needs its text"
+        )
 
 
 def write_corpus(found: Foreign, config: Config, tokenizer: Tokenizer, plan: Plan, out: Path) -> Manifest:
@@ -67,8 +82,6 @@ def write_snapshot(found: Foreign, corpus: Path, plan: Plan, out: Path) -> Manif
             vectors = np.ascontiguousarray(found.block_vectors[_published_rows(shard.folder)])
             reports.append(vector_report(vectors))
             write_matrix(build.folder / f"{name}.npy", vectors)
-        if bad := sum(int(report["non_finite"]) for report in reports):
-            raise DataError(f"{found.origins[0]}: {bad} block vectors are not finite; the checkpoint is damaged")
         digests = {path.stem: file_sha256(path) for path in sorted(build.folder.glob("*.npy"))}
         facts: dict[str, Any] = {
             "stands_for": "reembed",

@@ -5,13 +5,13 @@ dense layer without, a LayerNorm. So `encode` gives the vectors of the project's
 """
 
 from collections.abc import Mapping
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from realm_core.compat.bert_layout import save, write_backbone, write_json
+from realm_core.compat.projection import rescaled
 from realm_core.model.encoder import EncoderShape
 from realm_core.text.tokenizer import Tokenizer
 
@@ -45,17 +45,6 @@ def write_tower(
     write_json(folder / "modules.json", listing)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": shape.max_positions, "do_lower_case": False})
     write_json(folder / "config_sentence_transformers.json", {"prompts": {}, "similarity_fn_name": "dot"})
-
-
-def rescaled(weight: Tensor, bias: Tensor, eps: float, new_eps: float) -> tuple[Tensor, Tensor]:
-    """A dense layer after which LayerNorm with `new_eps` gives what LayerNorm with `eps` gives after the old one.
-
-    Scaling the input of the norm by s turns its epsilon into eps / s^2. Equal epsilons leave every bit as it is.
-    """
-    if eps == new_eps:
-        return weight, bias
-    scale = sqrt(new_eps / eps)
-    return weight * scale, bias * scale
 
 
 def _dense(inputs: int, outputs: int, activation: str) -> dict[str, Any]:

@@ -59,6 +59,42 @@ class Place:
     name: str
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The tensors of one part under the project's names, and the variable that each of them was."""
+
+    tensors: Tensors
+    variables: dict[str, str]
+
+    def variable(self, name: str) -> str:
+        """The name in the file; that of a tensor that is not there follows the variables that are."""
+        return self.variables.get(name) or self._expected(name)
+
+    def _expected(self, name: str) -> str:
+        layers, leaf = name.rsplit(".", 1)
+        norm = layers.endswith(("LayerNorm", "layer_normalization"))
+        leaf = {"weight": "gamma" if norm else "kernel", "bias": "beta" if norm else "bias"}[leaf]
+        if layers.startswith("qa_outputs."):
+            inverse = {ours: theirs for theirs, ours in _SPAN_LAYERS.items()}
+            return f"reader/{inverse[layers.removeprefix('qa_outputs.')]}/{leaf}"
+        if layers.startswith("embedder.cls."):
+            return (
+                f"{self._before(_PROJECTION, 'layer', 'module/module/')}{layers.removeprefix('embedder.cls.')}/{leaf}"
+            )
+        path = re.sub(r"/layer/(\d+)/", r"/layer_\1/", f"{layers}/".replace(".", "/")).removeprefix("embedder/")
+        path = f"bert/{path.removeprefix('realm/')}" if path.startswith("realm/") else path
+        if path.endswith("_embeddings/"):
+            leaf = ""
+        elif path == "cls/predictions/":
+            leaf = "output_bias"
+        return (self._before(_BERT, "inner", "") + path + leaf).removesuffix("/")
+
+    def _before(self, pattern: re.Pattern[str], group: str, default: str) -> str:
+        """What stands before a group in the first variable that a pattern fits."""
+        matches = (pattern.fullmatch(variable) for variable in self.variables.values())
+        return next((match.string[: match.start(group)] for match in matches if match), default)
+
+
 def read_tf(
     path: Path,
     vocabulary: Path | None = None,
@@ -73,7 +109,7 @@ def read_tf(
     """
     prefix = find_prefix(path)
     bundle = Bundle.open(prefix)
-    parts, layer_norms = _tensors(bundle)
+    parts = _parts(bundle)
     encoded = path / "encoded" / "encoded.ckpt"
     vectors_in = Bundle.open(encoded) if index_of(encoded).is_file() else bundle
     vectors = _block_vectors(vectors_in)
@@ -88,7 +124,7 @@ def read_tf(
         records = titles = None
     return Foreign(
         origins=(origin,),
-        retriever=_retriever(parts["embedder"], heads, layer_norms, str(prefix)) if "embedder" in parts else None,
+        retriever=_retriever(parts["embedder"], heads, str(prefix)) if "embedder" in parts else None,
         encoder=_encoder(parts["encoder"], heads, str(prefix)) if "encoder" in parts else None,
         reader=_reader(parts["reader"], heads, max_span_width, str(prefix)) if "reader" in parts else None,
         block_vectors=vectors,
@@ -147,12 +183,10 @@ def _inner(path: str) -> str | None:
     return ".".join([*stem, _LEAVES[leaf]]) if leaf in _LEAVES else None
 
 
-def _tensors(bundle: Bundle) -> tuple[dict[str, Tensors], set[str]]:
-    """(tensors by part, names the projection's norm goes by). Raises DataError naming variables nobody knows."""
-    parts: dict[str, Tensors] = {}
-    origin: dict[Place, str] = {}
+def _parts(bundle: Bundle) -> dict[str, _Part]:
+    """What the checkpoint holds, by part. Raises DataError naming variables nobody knows."""
+    parts: dict[str, _Part] = {}
     unknown = []
-    norms = set()
     for variable in bundle.entries:
         if _SKIPPED.fullmatch(variable) or _BLOCK_EMB.fullmatch(variable):
             continue
@@ -160,80 +194,80 @@ def _tensors(bundle: Bundle) -> tuple[dict[str, Tensors], set[str]]:
         if place is None:
             unknown.append(variable)
         elif place.part is not None:
-            if place in origin:
-                raise DataError(f"{bundle.prefix}: {origin[place]} and {variable} are both {place.name}")
-            origin[place] = variable
+            part = parts.setdefault(place.part, _Part({}, {}))
+            if place.name in part.variables:
+                raise DataError(f"{bundle.prefix}: {part.variables[place.name]} and {variable} are both {place.name}")
+            part.variables[place.name] = variable
             value = bundle.read(variable)
-            kernel = variable.endswith("/kernel")
-            tensor = torch.from_numpy(np.array(value.T if kernel else value))
-            parts.setdefault(place.part, {})[place.name] = tensor
-            if (match := _PROJECTION.fullmatch(variable)) and match["layer"] != "dense":
-                norms.add(match["layer"])
+            part.tensors[place.name] = torch.from_numpy(np.array(value.T if variable.endswith("/kernel") else value))
     if unknown:
-        raise DataError(f"{bundle.prefix}: extra: {listed(unknown)}; these are no variables of a REALM model")
-    return parts, norms
+        raise DataError(f"{bundle.prefix}: extra: {', '.join(unknown)}; these are no variables of a REALM model")
+    return parts
 
 
-def _shape(tensors: Mapping[str, Tensor], heads: int | None, where: str) -> EncoderShape:
-    """Sizes from the tensors themselves."""
-    layers = len({name.split("encoder.layer.")[1].split(".")[0] for name in tensors if "encoder.layer." in name})
-    require_layers(tensors, layers, where)
-    words = _matrix(tensors, "embeddings.word_embeddings.weight", where)
-    hidden = words.shape[1]
+def _shape(part: _Part, prefix: str, heads: int | None, where: str) -> EncoderShape:
+    """Sizes from the tensors themselves, those of the encoder standing behind `prefix`."""
+    layers = len({name.split("encoder.layer.")[1].split(".")[0] for name in part.tensors if "encoder.layer." in name})
+    require_layers(part.tensors, layers, where)
+    size = lambda name: _present(part, f"{prefix}realm.{name}.weight", 2, where).shape  # noqa: E731
+    vocabulary, hidden = size("embeddings.word_embeddings")
     if heads is None:
         if hidden % HEAD_SIZE:
             raise DataError(f"{where}: hidden size {hidden} is no multiple of {HEAD_SIZE}; pass --heads")
         heads = hidden // HEAD_SIZE
     try:
         return EncoderShape(
-            vocab_size=words.shape[0],
+            vocab_size=vocabulary,
             hidden_size=hidden,
             layers=layers,
             heads=heads,
-            intermediate_size=_matrix(tensors, "encoder.layer.0.intermediate.dense.weight", where).shape[0],
-            max_positions=_matrix(tensors, "embeddings.position_embeddings.weight", where).shape[0],
-            segment_types=_matrix(tensors, "embeddings.token_type_embeddings.weight", where).shape[0],
+            intermediate_size=size("encoder.layer.0.intermediate.dense")[0],
+            max_positions=size("embeddings.position_embeddings")[0],
+            segment_types=size("embeddings.token_type_embeddings")[0],
         )
     except ConfigError as error:
         raise DataError(f"{where}: {error}") from None
 
 
-def _matrix(tensors: Mapping[str, Tensor], end: str, where: str) -> Tensor:
-    for name, tensor in tensors.items():
-        if name.endswith(f"realm.{end}") and tensor.dim() == 2:
-            return tensor
-    raise DataError(f"{where}: missing: realm.{end}, a matrix; the checkpoint is not complete")
+def _present(part: _Part, name: str, dimensions: int, where: str) -> Tensor:
+    """A tensor that sizes are read from."""
+    found = part.tensors.get(name)
+    if found is None or found.dim() != dimensions:
+        kind = "vector" if dimensions == 1 else "matrix"
+        raise DataError(f"{where}: missing: {part.variable(name)}, a {kind}; the checkpoint is not complete")
+    return found
 
 
-def _retriever(tensors: Tensors, heads: int | None, norms: set[str], where: str) -> RetrieverPart:
-    shape = _shape(tensors, heads, where)
-    eps = _KERAS_EPS if norms == {"layer_normalization"} else _CONTRIB_EPS
-    bias = tensors.get("embedder.cls.dense.bias")
-    if bias is None or bias.dim() != 1:
-        raise DataError(f"{where}: missing: embedder.cls.dense.bias, a vector; the checkpoint is not complete")
-    width = len(bias)
+def _retriever(part: _Part, heads: int | None, where: str) -> RetrieverPart:
+    shape = _shape(part, "embedder.", heads, where)
+    width = len(_present(part, "embedder.cls.dense.bias", 1, where))
+    eps = _projection_eps(part)
     return RetrieverPart(
         shape=shape,
-        tensors=fitted(tensors, lambda: Retriever(shape, width, eps), where),
+        tensors=fitted(part.tensors, lambda: Retriever(shape, width, eps), where, part.variable),
         projection_size=width,
         projection_eps=eps,
         share=True,
     )
 
 
-def _encoder(tensors: Tensors, heads: int | None, where: str) -> EncoderPart:
-    shape = _shape(tensors, heads, where)
-    return EncoderPart(shape=shape, tensors=fitted(tensors, lambda: KnowledgeEncoder(shape), where))
+def _projection_eps(part: _Part) -> float:
+    """The epsilon follows from the name that the norm goes by."""
+    matches = (_PROJECTION.fullmatch(variable) for variable in part.variables.values())
+    norms = {match["layer"] for match in matches if match} - {"dense"}
+    return _KERAS_EPS if norms == {"layer_normalization"} else _CONTRIB_EPS
 
 
-def _reader(tensors: Tensors, heads: int | None, max_span_width: int, where: str) -> ReaderPart:
-    shape = _shape(tensors, heads, where)
-    width = tensors.get("qa_outputs.layer_normalization.weight")
-    if width is None or width.dim() != 1:
-        raise DataError(f"{where}: missing: qa_outputs.layer_normalization.weight, a vector; it is not complete")
-    build = lambda: Reader(shape, len(width), max_span_width)  # noqa: E731
-    fit = fitted(tensors, build, where)
-    return ReaderPart(shape=shape, tensors=fit, span_hidden=len(width), max_span_width=max_span_width)
+def _encoder(part: _Part, heads: int | None, where: str) -> EncoderPart:
+    shape = _shape(part, "", heads, where)
+    return EncoderPart(shape=shape, tensors=fitted(part.tensors, lambda: KnowledgeEncoder(shape), where, part.variable))
+
+
+def _reader(part: _Part, heads: int | None, max_span_width: int, where: str) -> ReaderPart:
+    shape = _shape(part, "", heads, where)
+    width = len(_present(part, "qa_outputs.layer_normalization.weight", 1, where))
+    fit = fitted(part.tensors, lambda: Reader(shape, width, max_span_width), where, part.variable)
+    return ReaderPart(shape=shape, tensors=fit, span_hidden=width, max_span_width=max_span_width)
 
 
 def _block_vectors(bundle: Bundle) -> np.ndarray | None:

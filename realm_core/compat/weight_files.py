@@ -12,19 +12,20 @@ from torch import Tensor
 
 from realm_core.errors import DataError
 
-SAFETENSORS, SAFETENSORS_INDEX, PYTORCH = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+SAFETENSORS, PYTORCH = "model.safetensors", "pytorch_model.bin"  # or parts of them, listed in a NAME.index.json
+_OLD_STREAM = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch wrote first before 1.6
 MAX_JSON = 16 << 20  # bytes
 _MOST_SHARED = 3  # how often tied tensors may repeat what the file holds once
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights. Safetensors are preferred. Raises DataError if there are none."""
-    if (folder / SAFETENSORS).is_file():
-        return [folder / SAFETENSORS]
-    if (folder / SAFETENSORS_INDEX).is_file():
-        return [folder / name for name in _shard_names(folder / SAFETENSORS_INDEX)]
-    if (folder / PYTORCH).is_file():
-        return [folder / PYTORCH]
+    for name in (SAFETENSORS, PYTORCH):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return [folder / shard for shard in _shard_names(index, PurePath(name).suffix)]
     raise DataError(f"{folder}: neither {SAFETENSORS} nor {PYTORCH}; name the folder of a transformers checkpoint")
 
 
@@ -32,7 +33,7 @@ def read_weights(paths: list[Path]) -> dict[str, Tensor]:
     """All tensors by name, mapped from the files where possible. Raises DataError for anything else than tensors."""
     tensors: dict[str, Tensor] = {}
     for path in paths:
-        found = _read_pytorch(path) if path.name == PYTORCH else _read_safetensors(path)
+        found = _read_safetensors(path) if path.suffix == PurePath(SAFETENSORS).suffix else _read_pytorch(path)
         if repeated := sorted(found.keys() & tensors.keys()):
             raise DataError(f"{path}: {repeated[0]} is in another file already; the checkpoint is not consistent")
         tensors |= found
@@ -54,14 +55,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _shard_names(path: Path) -> list[str]:
+def _shard_names(path: Path, suffix: str) -> list[str]:
     names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise DataError(f"{path}: no weight_map; fetch it again")
     plain = sorted(set(map(str, names.values())))
     for name in plain:
-        if PurePath(name).name != name or not name.endswith(".safetensors"):
-            raise DataError(f"{path}: {name!r} is not a safetensors file of this folder; refused")
+        if PurePath(name).name != name or PurePath(name).suffix != suffix:
+            raise DataError(f"{path}: {name!r} is not a {suffix} file of this folder; refused")
     return plain
 
 
@@ -75,9 +76,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pytorch(path: Path) -> dict[str, Tensor]:
     """Tensors of a file that `torch.save` wrote. Its pickle goes through torch's restricted reader, and never another."""
-    _require_plain_archive(path)
+    old = _begins_as_before_torch_1_6(path)
+    if not old:
+        _require_plain_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
     except Exception as error:  # whatever a damaged or hostile file makes torch's reader raise
         raise DataError(f"{path}: refused by the loader that runs no code ({_short(error)}); use safetensors") from None
     if not isinstance(content, Mapping) or not all(
@@ -88,11 +91,20 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
+def _begins_as_before_torch_1_6(path: Path) -> bool:
+    """Whether this is the older stream of torch, which the same restricted reader knows. No other pickle is opened."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_OLD_STREAM)) == _OLD_STREAM
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
 def _require_plain_archive(path: Path) -> None:
-    """Only uncompressed archives: they cannot unpack to more than they are. Older pickle streams are not opened at all."""
+    """Only uncompressed archives: they cannot unpack to more than they are."""
     try:
         if not zipfile.is_zipfile(path):
-            raise DataError(f"{path}: not an archive of torch >= 1.6; save it again as safetensors")
+            raise DataError(f"{path}: neither an archive nor a stream of torch; save it again as safetensors")
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:

@@ -9,6 +9,7 @@ from numpy import ndarray
 
 from realm_core.corpus.shards import Corpus
 from realm_core.data.formats import Ids, Inputs, SpecialIds, document_inputs, prefixed, query_inputs, stack
+from realm_core.data.masking import sentence_range
 
 
 @runtime_checkable
@@ -39,18 +40,25 @@ def ict_example(block: TokenBlock, rng: np.random.Generator, mask_rate: float = 
     The sentence is drawn uniformly and removed from the body with probability `mask_rate`; otherwise it stays, which
     teaches lexical matching (original code: language/orqa, ict_dataset).
     """
-    starts = np.asarray(block.sentence_starts)
-    token_ids = np.asarray(block.token_ids)
-    if len(starts) == 0:
+    sentences = len(block.sentence_starts)
+    if sentences == 0:
         return None
-    chosen = int(rng.integers(len(starts)))
+    chosen = int(rng.integers(sentences))
     removed = bool(rng.random() < mask_rate)
-    if removed and len(starts) == 1:
-        return None
-    start = int(starts[chosen])
-    stop = int(starts[chosen + 1]) if chosen + 1 < len(starts) else len(token_ids)
-    body = np.concatenate([token_ids[:start], token_ids[stop:]]) if removed else token_ids
-    return IctExample(token_ids[start:stop], np.asarray(block.title_ids), body, removed)
+    return cut_sentence(block, chosen, removed) if leaves_text(block, removed) else None
+
+
+def leaves_text(block: TokenBlock, removed: bool) -> bool:
+    """Whether something of the block remains when one sentence is asked about."""
+    return len(block.sentence_starts) > int(removed)
+
+
+def cut_sentence(block: TokenBlock, chosen: int, removed: bool) -> IctExample:
+    """The example of one sentence, with or without it in the body."""
+    token_ids = np.asarray(block.token_ids)
+    low, high = sentence_range(np.asarray(block.sentence_starts), len(token_ids), chosen)
+    body = np.concatenate([token_ids[:low], token_ids[high:]]) if removed else token_ids
+    return IctExample(token_ids[low:high], np.asarray(block.title_ids), body, removed)
 
 
 _NO_IDS = np.empty(0, dtype=np.int64)

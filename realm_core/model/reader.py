@@ -1,6 +1,8 @@
 """The open-QA reader: scores every short span of retrieved blocks (Lee et al. 2019; original code: language/orqa)."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 
 from realm_core.errors import ConfigError
 from realm_core.model.encoder import Encoder, EncoderShape, initialise_bert_weights
+
+READER_EPS = 1e-3  # the Keras default, of the original code
 
 
 class SpanScores(NamedTuple):
@@ -21,12 +25,12 @@ class SpanScores(NamedTuple):
 class Reader(nn.Module):
     """BERT over `[CLS] question [SEP] block [SEP]` and a two-layer scorer over (start, end) vectors.
 
-    The LayerNorm after the ReLU has eps 1e-3 (the Keras default of the original code). Key names follow the published
+    The LayerNorm after the ReLU has its own epsilon. Key names follow the published
     PyTorch weights: `realm.*` and `qa_outputs.*`.
     """
 
     def __init__(
-        self, shape: EncoderShape, span_hidden: int = 256, max_span_width: int = 10, eps: float = 1e-3
+        self, shape: EncoderShape, span_hidden: int = 256, max_span_width: int = 10, eps: float = READER_EPS
     ) -> None:
         super().__init__()
         if span_hidden < 1 or max_span_width < 1:
@@ -37,6 +41,7 @@ class Reader(nn.Module):
             raise ConfigError(f"reader eps={eps}: must be positive")
         self.shape = shape
         self.max_span_width = max_span_width
+        self.eps = eps
         self.realm = Encoder(shape)
         self.qa_outputs = _SpanHead(shape.hidden_size, span_hidden, eps)
 
@@ -65,6 +70,21 @@ class Reader(nn.Module):
         starts_S, ends_S = span_candidates(token_ids.shape[1], self.max_span_width, token_ids.device)
         inside_KL = block_mask.bool()
         return SpanScores(score_KS, inside_KL[:, starts_S] & inside_KL[:, ends_S])
+
+    def sizes(self) -> dict[str, Any]:
+        """What `from_sizes` builds an equal reader from, as JSON. The usual epsilon is left out."""
+        sizes = {
+            "encoder": asdict(self.shape),
+            "span_hidden": self.qa_outputs.dense_output.in_features,
+            "max_span_width": self.max_span_width,
+        }
+        return sizes if self.eps == READER_EPS else {**sizes, "eps": self.eps}
+
+    @classmethod
+    def from_sizes(cls, sizes: Mapping[str, Any]) -> "Reader":
+        """A reader without weights, from what `sizes` gave."""
+        shape = EncoderShape(**sizes["encoder"])
+        return cls(shape, sizes["span_hidden"], sizes["max_span_width"], sizes.get("eps", READER_EPS))
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draw all weights anew, by BERT's rule; the span head included, as in the original code."""

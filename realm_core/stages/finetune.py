@@ -4,7 +4,6 @@ Without an index the reader is trained on BM25's passages: the sparse baseline.
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +17,6 @@ from realm_core.index.version import open_version, require_parent, snapshot_of
 from realm_core.model.bundle import RealmModel, load_module, save_module
 from realm_core.model.device import resolve
 from realm_core.model.embedder import Retriever
-from realm_core.model.encoder import EncoderShape
 from realm_core.model.reader import Reader
 from realm_core.ports import MetricSink
 from realm_core.stages import CODE
@@ -84,12 +82,7 @@ def run(
         save_module(reader, build.folder / READER)
         if index is not None:
             save_module(model.retriever.query_tower, build.folder / QUESTION_TOWER)
-        shapes = {
-            "encoder": asdict(reader.shape),
-            "span_hidden": config.reader.span_hidden,
-            "max_span_width": config.reader.max_span_width,
-        }
-        (build.folder / SHAPES).write_text(json.dumps(shapes) + "\n", encoding="utf-8")
+        (build.folder / SHAPES).write_text(json.dumps(reader.sizes()) + "\n", encoding="utf-8")
         facts = {"retrieval": "bm25" if index is None else "dense", "metrics": metrics}
         if index is not None:
             facts["step"] = read_manifest(index).facts["step"]
@@ -98,8 +91,7 @@ def run(
 
 def load_reader(folder: Path) -> Reader:
     """The reader of a finished fine-tuning. It needs no checkpoint: retention may drop the one it started from."""
-    shapes = json.loads((folder / SHAPES).read_text(encoding="utf-8"))
-    reader = Reader(EncoderShape(**shapes["encoder"]), shapes["span_hidden"], shapes["max_span_width"])
+    reader = Reader.from_sizes(json.loads((folder / SHAPES).read_text(encoding="utf-8")))
     load_module(reader, folder / READER)
     return reader.eval()
 

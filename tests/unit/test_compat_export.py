@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from realm_core.artifacts.manifest import Plan, read_manifest
 from realm_core.artifacts.publish import building
@@ -16,17 +16,33 @@ from realm_core.compat.export import export_hf
 from realm_core.compat.foreign import combined
 from realm_core.compat.hf import read_hf
 from realm_core.compat.importing import import_checkpoint
-from realm_core.compat.sentence_layout import rescaled
+from realm_core.compat.projection import rescaled
+from realm_core.compat.tf import read_tf
 from realm_core.corpus.shards import Corpus
 from realm_core.data.formats import Inputs, document_inputs, query_inputs
-from realm_core.errors import ArtifactError
+from realm_core.errors import ArtifactError, DataError
 from realm_core.index.backends import load_index
 from realm_core.model.bundle import RealmModel, load_retriever
 from realm_core.model.embedder import Embedder, Retriever
 from realm_core.model.knowledge_encoder import KnowledgeEncoder
 from realm_core.params import load_config
+from realm_core.stages.finetune import load_reader
 from realm_core.text.tokenizer import Tokenizer
-from tests.published import PROJECTION, SHAPE, TEXTS, VOCABULARY, port_folder, scorer_state, weights
+from tests.published import (
+    PROJECTION,
+    SHAPE,
+    SPAN_WIDTH,
+    TEXTS,
+    VOCABULARY,
+    open_qa_state,
+    port_folder,
+    scorer_state,
+    tf_embedder,
+    tf_reader,
+    weights,
+    write_bundle,
+    write_tf_records,
+)
 
 QUERIES = ["who is the king of rome?", "a text with [SEP] and [CLS] in it", "b\u00f6rn IN Paris, 12", "x"]
 DOCUMENTS = [("paris", "the river of the city."), ("newton", "curie"), ("", "moon")]
@@ -149,6 +165,68 @@ def test_import_export_import_changes_no_bit(checkpoint: Path, exported: Path, t
     assert read_manifest(again).files == read_manifest(checkpoint).files
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_a_projection_with_another_epsilon_comes_back_unchanged(tmp_path: Path, share: bool) -> None:
+    first = own_checkpoint(tmp_path / "c", eps=1e-3, share=share)
+    export_hf(checkpoint=first, out=tmp_path / "out")
+    parts = [tmp_path / "out" / "realm" / name for name in ("retriever", "encoder")]
+    again = imported(tmp_path / "again", parts)
+    assert read_manifest(again).files == read_manifest(first).files
+    assert load_retriever(again)[0].embedder.projection_eps == 1e-3
+
+
+def test_a_tensorflow_module_with_keras_norm_comes_back_unchanged(tmp_path: Path) -> None:
+    variables = {name.replace("module/LayerNorm", "module/layer_normalization"): v for name, v in tf_embedder().items()}
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    found = read_tf(write_bundle(tmp_path / "m", variables), tmp_path / "vocab.txt", heads=SHAPE.heads)
+    import_checkpoint(found, config=load_config(None, "tiny"), out=tmp_path / "first")
+    export_hf(checkpoint=tmp_path / "first", out=tmp_path / "out")
+    again = imported(tmp_path / "again", [tmp_path / "out" / "realm" / "retriever"])
+    assert read_manifest(again).files == read_manifest(tmp_path / "first").files
+
+
+def test_a_reader_of_the_port_without_the_exact_projection_reads_the_scaled_one(tmp_path: Path) -> None:
+    export_hf(checkpoint=own_checkpoint(tmp_path / "c", eps=1e-3), out=tmp_path / "out")
+    folder = tmp_path / "out" / "realm" / "retriever"
+    exact = read_hf(folder).retriever
+    (folder / "projection.safetensors").unlink()
+    scaled = read_hf(folder).retriever
+    assert exact is not None and scaled is not None and scaled.projection_eps == SHAPE.layer_norm_eps
+    towers = [Retriever(SHAPE, PROJECTION, part.projection_eps) for part in (exact, scaled)]
+    for tower, part in zip(towers, (exact, scaled), strict=True):
+        tower.load_state_dict(part.tensors)
+    inputs = [query_inputs([5, 6, 7], None, Tokenizer(VOCABULARY))]
+    first, second = (embedded(tower.embedder, inputs) for tower in towers)
+    np.testing.assert_allclose(first, second, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["dense trained on", "no epsilon", "one layer only", "unknown layer"])
+def test_an_exact_projection_that_does_not_belong_to_the_weights_is_refused(tmp_path: Path, change: str) -> None:
+    export_hf(checkpoint=own_checkpoint(tmp_path / "c", eps=1e-3), out=tmp_path / "out")
+    folder = tmp_path / "out" / "realm" / "retriever"
+    name = "model.safetensors" if change == "dense trained on" else "projection.safetensors"
+    tensors = load_file(folder / name)
+    if change == "dense trained on":
+        tensors["cls.dense.weight"] += 1
+    elif change == "unknown layer":
+        tensors["other.cls.dense.bias"] = torch.zeros(1)
+    else:
+        del tensors["projection_eps" if change == "no epsilon" else "cls.dense.bias"]
+    save_file(tensors, folder / name)
+    with pytest.raises(DataError, match=r"projection\.safetensors: no"):
+        read_hf(folder)
+
+
+def test_a_reader_with_another_epsilon_comes_back_unchanged(tmp_path: Path) -> None:
+    first = own_checkpoint(tmp_path / "c", eps=1e-12)
+    port = port_folder(tmp_path / "r", "RealmReader", reader_layer_norm_eps=1e-5)
+    reader = imported(tmp_path / "reader", [port], checkpoint=first)
+    assert load_reader(reader).qa_outputs.layer_normalization.eps == 1e-5
+    export_hf(checkpoint=first, out=tmp_path / "out", reader=reader)
+    back = imported(tmp_path / "back", [tmp_path / "out" / "realm" / "reader"], checkpoint=first)
+    assert read_manifest(back).files == read_manifest(reader).files
+
+
 def test_two_towers_and_a_reader_come_back_unchanged_too(tmp_path: Path) -> None:
     first = imported(tmp_path / "first", [port_folder(tmp_path / "s", "RealmScorer", scorer_state(query_seed=5))])
     reader = imported(tmp_path / "reader", [port_folder(tmp_path / "r", "RealmReader")], checkpoint=first)
@@ -160,6 +238,55 @@ def test_two_towers_and_a_reader_come_back_unchanged_too(tmp_path: Path) -> None
     assert read_manifest(second).files == read_manifest(first).files
     back = imported(tmp_path / "back", [out / "realm" / "reader"], checkpoint=second)
     assert read_manifest(back).files == read_manifest(reader).files
+
+
+PARTS = ("checkpoint", "corpus", "snapshot", "index", "reader")
+
+
+def exported_parts(folder: Path, out: Path, *left_out: str) -> Path:
+    """An export of all parts of an imported RealmForOpenQA."""
+    export_hf(**{name: folder / name for name in PARTS if name not in left_out}, out=out)
+    return out / "realm" / "open_qa"
+
+
+@pytest.mark.parametrize("settings", [{}, {"layer_norm_eps": 1e-6, "reader_layer_norm_eps": 1e-5}])
+@pytest.mark.parametrize("given", ["a snapshot", "an exact index"])
+def test_an_open_qa_model_comes_back_unchanged_with_its_vectors_and_texts(
+    tmp_path: Path, settings: dict[str, float], given: str
+) -> None:
+    config = load_config(None, "tiny", ["corpus.shards=3", "index.backend=exact"])
+    import_checkpoint(
+        read_hf(port_folder(tmp_path / "hf", "RealmForOpenQA", **settings)), config=config, out=tmp_path / "first"
+    )
+    left_out = () if given == "a snapshot" else ("snapshot",)
+    folder = exported_parts(tmp_path / "first", tmp_path / "out", *left_out)
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".txt", ".tfr"}
+    import_checkpoint(read_hf(folder), config=config, out=tmp_path / "again")
+    for name in PARTS:
+        assert read_manifest(tmp_path / "again" / name).files == read_manifest(tmp_path / "first" / name).files, name
+
+
+def test_titles_of_blocks_come_back_too(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    write_tf_records(tmp_path / "blocks.tfr", [text.encode() for text in TEXTS])
+    write_tf_records(tmp_path / "titles.tfr", [text[:3].encode() for text in TEXTS])
+    variables = {**tf_embedder(depth=4), **tf_reader(), "block_emb": open_qa_state()["block_emb"].numpy()}
+    files = [tmp_path / name for name in ("vocab.txt", "blocks.tfr", "titles.tfr")]
+    found = read_tf(write_bundle(tmp_path / "m", variables), *files, heads=SHAPE.heads, max_span_width=SPAN_WIDTH)
+    config = load_config(None, "tiny")
+    import_checkpoint(found, config=config, out=tmp_path / "first")
+    folder = exported_parts(tmp_path / "first", tmp_path / "out")
+    import_checkpoint(read_hf(folder), config=config, out=tmp_path / "again")
+    for name in PARTS:
+        assert read_manifest(tmp_path / "again" / name).files == read_manifest(tmp_path / "first" / name).files, name
+
+
+def test_an_index_that_may_have_rounded_its_vectors_makes_no_open_qa_model(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    config = load_config(None, "tiny", ["index.backend=faiss_flat"])
+    import_checkpoint(read_hf(port_folder(tmp_path / "hf", "RealmForOpenQA")), config=config, out=tmp_path / "qa")
+    assert not exported_parts(tmp_path / "qa", tmp_path / "out", "snapshot").exists()
+    assert exported_parts(tmp_path / "qa", tmp_path / "whole").is_dir()
 
 
 @pytest.mark.parametrize("backend", ["exact", "faiss_flat", "alsh"])
@@ -195,6 +322,26 @@ def test_a_question_tower_that_was_fine_tuned_is_exported_beside_the_embedder(tm
     _, tokenizer = load_retriever(first)
     assert_encodes_like(tmp_path / "out" / "question_embedder", tuned, tokenizer)
     assert 'SentenceTransformer("question_embedder")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_question_tower_that_was_fine_tuned_comes_back_alone_and_in_an_open_qa_model(tmp_path: Path) -> None:
+    config = load_config(None, "tiny", ["index.backend=exact"])
+    import_checkpoint(read_hf(port_folder(tmp_path / "q", "RealmForOpenQA")), config=config, out=tmp_path / "qa")
+    tuned = Embedder(SHAPE, PROJECTION)
+    tuned.load_state_dict(weights(tuned, seed=11))
+    parents = {"checkpoint": read_manifest(tmp_path / "qa" / "checkpoint")}
+    with building(tmp_path / "tuned", Plan(stage="finetune", code="1", config_digest="", parents=parents)) as build:
+        for name in ("reader.safetensors", "reader.json"):
+            (build.folder / name).write_bytes((tmp_path / "qa" / "reader" / name).read_bytes())
+        save_file(tuned.state_dict(), build.folder / "question_tower.safetensors")
+        build.commit({"metrics": {}})
+    parts = {name: tmp_path / "qa" / name for name in PARTS} | {"reader": tmp_path / "tuned"}
+    export_hf(**parts, out=tmp_path / "out")
+    for name in ("question_embedder", "open_qa"):
+        part = read_hf(tmp_path / "out" / "realm" / name).retriever
+        assert part is not None
+        for key, tensor in tuned.state_dict().items():
+            assert torch.equal(part.tensors[f"embedder.{key}"], tensor)
 
 
 def test_the_model_card_says_what_is_there_and_where_it_comes_from(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -122,18 +123,34 @@ def test_the_decoder_may_stand_for_the_word_embeddings_but_not_differ_from_them(
         read_hf(port_folder(tmp_path / "two", "RealmKnowledgeAugEncoder", untied))
 
 
-def test_missing_extra_and_misshapen_tensors_are_each_named(tmp_path: Path) -> None:
+def test_missing_extra_and_misshapen_tensors_are_each_named_as_in_the_file(tmp_path: Path) -> None:
     state = embedder_state()
     del state["realm.pooler.dense.bias"], state["cls.LayerNorm.weight"]
-    state["realm.something.else"] = torch.zeros(1)
+    others = [f"extra.thing.{number:02d}" for number in range(40)]
+    state |= {name: torch.zeros(1) for name in others}
     state["cls.dense.weight"] = torch.zeros(PROJECTION + 1, 16)
     with pytest.raises(DataError) as error:
         read_hf(port_folder(tmp_path / "hf", "RealmEmbedder", state))
     message = str(error.value)
-    assert "missing: embedder.cls.LayerNorm.weight, embedder.realm.pooler.dense.bias" in message
-    assert "extra: embedder.realm.something.else" in message
-    assert "misshapen: embedder.cls.dense.weight (9, 16) instead of (8, 16)" in message
+    assert "missing: cls.LayerNorm.weight, realm.pooler.dense.bias;" in message
+    assert f"extra: {', '.join(others)};" in message
+    assert message.endswith("misshapen: cls.dense.weight (9, 16) instead of (8, 16)")
     assert "\n" not in message
+
+
+def test_both_parts_of_an_open_qa_model_name_their_tensors_as_in_the_file(tmp_path: Path) -> None:
+    for name in ("reader.qa_outputs.dense_output.bias", "embedder.cls.dense.bias"):
+        state = STATES["RealmForOpenQA"]()
+        del state[name]
+        with pytest.raises(DataError, match=f"missing: {re.escape(name)}$"):
+            read_hf(port_folder(tmp_path / name, "RealmForOpenQA", state))
+
+
+def test_a_shared_tower_is_called_what_the_file_calls_it(tmp_path: Path) -> None:
+    once = {name: tensor for name, tensor in scorer_state().items() if name.startswith("query_embedder.")}
+    once["query_embedder.extra"] = torch.zeros(1)
+    with pytest.raises(DataError, match=r"extra: query_embedder\.extra$"):
+        read_hf(port_folder(tmp_path / "hf", "RealmScorer", once))
 
 
 def test_old_position_buffers_are_left_aside(tmp_path: Path) -> None:
@@ -150,7 +167,7 @@ def test_half_precision_becomes_float32_and_other_numbers_are_refused(tmp_path: 
         (torch.full((8,), torch.nan), "finite"),
     ):
         state = embedder_state() | {"cls.dense.bias": value}
-        with pytest.raises(DataError, match=rf"{message}.*embedder\.cls\.dense\.bias"):
+        with pytest.raises(DataError, match=rf"{message}.* cls\.dense\.bias"):
             read_hf(port_folder(tmp_path / message[:3], "RealmEmbedder", state))
 
 
@@ -168,8 +185,8 @@ def test_half_precision_becomes_float32_and_other_numbers_are_refused(tmp_path: 
         ({"num_hidden_layers": 1}, "the configuration says 1 layers"),
         ({"vocab_size": 2_000_000_000}, r"misshapen: .*word_embeddings\.weight"),
         ({"layer_norm_eps": 0}, "must be positive"),
-        ({"attention_probs_dropout_prob": 0.2}, "two different dropout rates"),
-        ({"reader_layer_norm_eps": 1e-12}, "reader_layer_norm_eps"),
+        ({"attention_probs_dropout_prob": 0.2}, "two different dropout rates, the model here has one"),
+        ({"reader_layer_norm_eps": 0}, "reader_layer_norm_eps"),
     ],
 )
 def test_a_configuration_that_cannot_be_honoured_is_refused(
@@ -210,8 +227,45 @@ def test_a_checkpoint_in_several_files_is_read_and_its_index_may_not_lead_elsewh
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listing}))
     assert read_hf(folder).retriever is not None
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
-    with pytest.raises(DataError, match="not a safetensors file of this folder"):
+    with pytest.raises(DataError, match=r"not a \.safetensors file of this folder"):
         read_hf(folder)
+
+
+def in_two_files(folder: Path, **options: Any) -> Path:
+    """The same folder with its weights in two PyTorch files and an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    listing = {}
+    for number, chosen in enumerate((names[::2], names[1::2]), start=1):
+        file = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save({name: tensors[name] for name in chosen}, folder / file, **options)
+        listing |= dict.fromkeys(chosen, file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listing}))
+    return folder
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["archive", "stream from before torch 1.6"])
+def test_pytorch_files_in_several_parts_and_of_either_age_are_read(tmp_path: Path, archive: bool) -> None:
+    state = embedder_state()
+    folder = port_folder(tmp_path / "hf", "RealmEmbedder", state)
+    found = read_hf(in_two_files(folder, _use_new_zipfile_serialization=archive)).retriever
+    assert found is not None
+    for name, tensor in found.tensors.items():
+        assert torch.equal(tensor, state[name.removeprefix("embedder.")])
+
+
+@pytest.mark.parametrize("file", ["../pytorch_model.bin", "model.safetensors", "sub/a.bin"])
+def test_the_index_of_pytorch_files_may_not_lead_elsewhere(tmp_path: Path, file: str) -> None:
+    folder = in_two_files(port_folder(tmp_path / "hf", "RealmEmbedder"))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(DataError, match=r"not a \.bin file of this folder"):
+        read_hf(folder)
+
+
+def test_another_epsilon_of_the_span_head_stays_with_the_reader(tmp_path: Path) -> None:
+    found = read_hf(port_folder(tmp_path / "hf", "RealmReader", reader_layer_norm_eps=1e-5)).reader
+    assert found is not None and found.span_eps == 1e-5
 
 
 def test_parts_that_cannot_be_combined_are_named(tmp_path: Path) -> None:
@@ -257,7 +311,10 @@ def rewritten(
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("place", ["as a value", "instead of the pickle", "as a bare pickle"])
+@pytest.mark.parametrize(
+    "place",
+    ["as a value", "instead of the pickle", "as a bare pickle", "as a value of an old stream", "in an old stream"],
+)
 def test_code_in_a_pytorch_file_is_never_run(tmp_path: Path, place: str) -> None:
     canary = tmp_path / "canary"
     payload = pickle.dumps(Payload(canary))
@@ -267,10 +324,15 @@ def test_code_in_a_pytorch_file_is_never_run(tmp_path: Path, place: str) -> None
             torch.save({**state, "cls.dense.bias": Payload(canary)}, path)
         elif place == "instead of the pickle":
             rewritten(path, state, lambda name, content: payload if name.endswith("data.pkl") else content)
-        else:
+        elif place == "as a bare pickle":
             path.write_bytes(payload)
+        else:
+            value = {**state, "cls.dense.bias": Payload(canary)}
+            torch.save(value, path, _use_new_zipfile_serialization=False)
+            if place == "in an old stream":
+                path.write_bytes(path.read_bytes()[:15] + payload)
 
-    with pytest.raises(DataError, match=r"refused by the loader that runs no code|not an archive"):
+    with pytest.raises(DataError, match=r"refused by the loader that runs no code|neither an archive nor a stream"):
         read_hf(with_pytorch_file(tmp_path / "hf", write))
     assert not canary.exists()
 
@@ -294,9 +356,22 @@ def test_an_environment_that_asks_for_the_old_loader_changes_nothing(
 
 def test_a_view_that_claims_more_than_the_file_holds_is_not_copied(tmp_path: Path) -> None:
     huge = torch.zeros(1).expand(1 << 20, 1 << 20)
-    write: Callable[[Path, State], None] = lambda path, state: torch.save({**state, "cls.dense.weight": huge}, path)  # noqa: E731
-    with pytest.raises(DataError, match="in a much smaller file; refused"):
-        read_hf(with_pytorch_file(tmp_path / "hf", write))
+    for archive in (True, False):
+        write: Callable[[Path, State], None] = lambda path, state, archive=archive: torch.save(  # noqa: E731
+            {**state, "cls.dense.weight": huge}, path, _use_new_zipfile_serialization=archive
+        )
+        with pytest.raises(DataError, match="in a much smaller file; refused"):
+            read_hf(with_pytorch_file(tmp_path / str(archive), write))
+
+
+def test_an_old_stream_that_is_cut_off_is_refused_at_any_length(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.bin"
+    torch.save(embedder_state(), whole, _use_new_zipfile_serialization=False)
+    content = whole.read_bytes()
+    for share in (0.002, 0.1, 0.5, 0.99):
+        cut = content[: int(share * len(content))]
+        with pytest.raises(DataError, match=r"pytorch_model\.bin"):
+            read_hf(with_pytorch_file(tmp_path / str(share), lambda path, _, cut=cut: path.write_bytes(cut)))
 
 
 def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:

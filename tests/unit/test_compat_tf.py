@@ -134,11 +134,11 @@ def without(variables: dict[str, np.ndarray], *names: str) -> dict[str, np.ndarr
     [
         (
             without(tf_encoder(), "bert/pooler/dense/bias", "cls/predictions/output_bias"),
-            r"missing: cls\.predictions\.bias, realm\.pooler\.dense\.bias$",
+            "missing: cls/predictions/output_bias, bert/pooler/dense/bias$",
         ),
         (
             {**tf_encoder(), "bert/pooler/dense/bias": np.zeros(3, np.float32)},
-            r"misshapen: realm\.pooler\.dense\.bias \(3,\) instead of \(16,\)",
+            r"misshapen: bert/pooler/dense/bias \(3,\) instead of \(16,\)",
         ),
         (
             {**tf_encoder(), "cls/seq_relationship/weights": np.zeros(3, np.float32)},
@@ -146,10 +146,10 @@ def without(variables: dict[str, np.ndarray], *names: str) -> dict[str, np.ndarr
         ),
         (
             without(tf_encoder(), "bert/embeddings/word_embeddings"),
-            r"missing: realm\.embeddings\.word_embeddings\.weight",
+            "missing: bert/embeddings/word_embeddings",
         ),
-        (without(tf_embedder(), "module/module/dense/bias"), r"missing: embedder\.cls\.dense\.bias"),
-        (without(tf_reader(), "reader/layer_normalization/gamma"), r"missing: qa_outputs\.layer_normalization\.weight"),
+        (without(tf_embedder(), "module/module/dense/bias"), "missing: module/module/dense/bias"),
+        (without(tf_reader(), "reader/layer_normalization/gamma"), "missing: reader/layer_normalization/gamma"),
         (
             {name.replace("layer_1/", "layer_7/"): array for name, array in tf_encoder().items()},
             "tensors of layers 0, 7, the configuration says 2 layers",
@@ -163,6 +163,21 @@ def without(variables: dict[str, np.ndarray], *names: str) -> dict[str, np.ndarr
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, variables: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(DataError, match=message):
+        read_tf(write_bundle(tmp_path / "m", variables), heads=HEADS)
+
+
+@pytest.mark.parametrize("variables", [tf_embedder(), tf_embedder(depth=4), tf_encoder(), tf_reader()])
+def test_whichever_variable_is_missing_has_its_own_name(tmp_path: Path, variables: dict[str, np.ndarray]) -> None:
+    unused = [name for name in variables if (place := place_of(name)) is None or place.part is None]
+    for number, name in enumerate(sorted(variables.keys() - set(unused))):
+        prefix = write_bundle(tmp_path / str(number), without(variables, name))
+        with pytest.raises(DataError, match=f"missing: {name}(,|$)"):
+            read_tf(prefix, heads=HEADS)
+
+
+def test_the_shape_of_a_kernel_is_that_in_the_file(tmp_path: Path) -> None:
+    variables = {**tf_encoder(), "bert/pooler/dense/kernel": np.zeros((16, 3), np.float32)}
+    with pytest.raises(DataError, match=r"misshapen: bert/pooler/dense/kernel \(16, 3\) instead of \(16, 16\)$"):
         read_tf(write_bundle(tmp_path / "m", variables), heads=HEADS)
 
 
