@@ -97,7 +97,7 @@ def refresh_failure_sensor(context: dg.RunFailureSensorContext, store: dg.Resour
     key = run.tags.get("dagster/partition", "?")
     error, said = refreshes.failure(context.instance, run.run_id)
     why = said or context.failure_event.message or "its process died"
-    live = store.live()
+    live = pointer_watch.look(store).live
     facts: dict[str, Any] = {"run_id": run.run_id, "error": error, "live": live.index if live else None}
     journal.decide(store, key, None, "failed", why, **facts)
     metadata = {"failed": why, "run": run.run_id, "still_live": live.index if live else "nothing"}

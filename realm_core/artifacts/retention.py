@@ -63,7 +63,7 @@ def pinned(store: Store, *, grace_seconds: float, now: float) -> dict[str, str]:
         if now - left < grace_seconds:
             pins[move.index] = "was live a moment ago"
     if live is not None:
-        before = store.live_before()
+        before = store.rollback_target()
         if before is not None:
             pins[before.index] = "was live before: the rollback"
         pins[live.index] = "live"

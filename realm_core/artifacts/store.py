@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ COLLAPSED = "collapsed.json"  # in the trainer folder of a run that collapsed
 VERSIONED = ("corpus", "pretrain_corpus", "questions", "ict", "sparse_readers")
 BY_CHECKPOINT = ("checkpoints", "snapshots", "indexes", "drifts", "verdicts", "evaluations", "readers", "results")
 _VERSION = re.compile(r"^v\d{4,}$")
+_DAMAGE = (ValueError, KeyError, TypeError)  # what reading a pointer raises that holds something else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,19 +284,48 @@ class Store:
 
     def live(self) -> Live | None:
         """The live index version, or None before the first promotion."""
+        try:
+            return self._read_live()
+        except _DAMAGE:
+            raise ArtifactError(
+                f"{self.home / 'live.json'}: damaged; put the last line of live.history.jsonl in its place, "
+                "as the next realm promote or realm rollback does"
+            ) from None
+
+    def _read_live(self) -> Live | None:
+        """`live`, with the errors of reading where the file holds something else than a pointer."""
         path = self.home / "live.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            found = values["schema"]
-            if found == SCHEMA:
-                return Live(**values)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise ArtifactError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from None
-        except (ValueError, KeyError, TypeError):
-            raise ArtifactError(f"{path}: damaged; put the last line of live.history.jsonl in its place") from None
-        raise ArtifactError(f"{path}: schema {found}, this code reads {SCHEMA}; use the version that wrote it")
+        if values["schema"] != SCHEMA:
+            raise ArtifactError(
+                f"{path}: schema {values['schema']}, this code reads {SCHEMA}; use the version that wrote it"
+            )
+        return _live_of(values)
+
+    def mend_live(self) -> str | None:
+        """Put the last line of the history in the place of a `live.json` that is damaged, which is kept beside it.
+
+        Says what was done; None if there was nothing to mend. The caller holds `pointer_lock`.
+        """
+        try:
+            self._read_live()
+            return None
+        except _DAMAGE:
+            pass
+        path, last = self.home / "live.json", self.live_history()[-1:]
+        try:
+            os.replace(path, path.with_name("live.json.damaged"))
+        except OSError as error:
+            raise operator_error(error, path) from None
+        if not last:
+            return f"{path}: was damaged, and no history tells what was live; it is live.json.damaged now"
+        write_durably(path, json.dumps(asdict(last[0]), indent=1) + "\n")
+        return f"{path}: was damaged; {last[0].index} of the last line of live.history.jsonl took its place"
 
     def require_live(self) -> Live:
         live = self.live()
@@ -306,6 +336,7 @@ class Store:
     def move_live(self, index: str, index_digest: str, checkpoint_digest: str, reason: str, run_id: str | None) -> Live:
         """Move the pointer: history first, then one atomic replace. Only the promotion stage calls this."""
         with self.pointer_lock():
+            self.mend_live()
             history = self.live_history()[-1:]  # a crash may have left a last line that live.json never showed
             before = [live.generation for live in (self.live(), *history) if live is not None]
             live = Live(
@@ -323,22 +354,33 @@ class Store:
 
     def live_history(self) -> list[Live]:
         """Every move of the pointer, oldest first."""
-        rows = read_json_lines(self.home / "live.history.jsonl")
-        return [Live(**row) for row in rows if row.get("schema") == SCHEMA]
+        moves = []
+        for row in read_json_lines(self.home / "live.history.jsonl"):
+            with suppress(*_DAMAGE):  # a line that somebody else wrote there
+                if row.get("schema") == SCHEMA:
+                    moves.append(_live_of(row))
+        return moves
 
-    def live_before(self, index: str | None = None) -> Live | None:
-        """What a rollback goes back to: the version that was live before the live one; with `index`, before that one,
-        which is the live one as long as it has not gone live itself."""
-        live = self.live()
-        if live is None or (index is not None and index != live.index and not self._was_live(index)):
+    def live_before(self, index: str) -> Live | None:
+        """The version that was live before `index`, which is the live one as long as `index` has not gone live itself."""
+        live, moves = self.live(), self.live_history()
+        if live is None or (index != live.index and not any(move.index == index for move in moves)):
             return live
-        name = index or live.index
-        moves = self.live_history()
-        last = max((place for place, move in enumerate(moves) if move.index == name), default=len(moves))
-        return next((move for move in reversed(moves[:last]) if move.index != name), None)
+        last = max((place for place, move in enumerate(moves) if move.index == index), default=len(moves))
+        return next((move for move in reversed(moves[:last]) if move.index != index), None)
 
-    def _was_live(self, index: str) -> bool:
-        return any(move.index == index for move in self.live_history())
+    def rollback_target(self) -> Live | None:
+        """What a rollback goes back to: the version that was live before and that nobody went back from since.
+
+        Of a pointer that somebody edited this is what the last promotion made live.
+        """
+        live, moves = self.live(), self.live_history()
+        if live is None:
+            return None
+        if live in moves[-2:-1]:  # a crash came between the last line and the pointer: it never went live
+            moves = moves[:-1]
+        standing = [move for move in _standing(moves) if move.index != live.index]
+        return standing[-1] if standing else None
 
     @contextmanager
     def pointer_lock(self) -> Iterator[None]:
@@ -358,10 +400,14 @@ class Store:
         """Drop the bytes of old checkpoints but keep their manifests, so that lineage stays walkable.
 
         Spared are the newest `keep`, those in `spare`, what the live index and the one before it were built from, what an
-        index or a reader that is still there was made from, and what is being refreshed.
+        index or a reader that is still there was made from, and what is being refreshed. Nothing goes while the pointer
+        cannot be read: nobody knows then what it needs.
         """
-        live = self.live()
-        pinned = {move.index for move in (live, self.live_before()) if move}
+        try:
+            live, before = self.live(), self.rollback_target()
+        except ArtifactError:
+            return []
+        pinned = {move.index for move in (live, before) if move}
         spared = {checkpoint_of(name) for name in spare | pinned | self._still_opened()}
         dropped = []
         for key in self.checkpoints(run)[:-keep]:
@@ -400,6 +446,38 @@ class Store:
             if run == live_run and step <= live_step:
                 return False
         return not self.has("verdicts", name) or bool(self.manifest("verdicts", name).facts["passed"])
+
+
+def _live_of(values: Mapping[str, Any]) -> Live:
+    """Raises one of _DAMAGE unless these are the values of a pointer."""
+    live = Live(**values)
+    if not all(isinstance(text, str) for text in (live.index, live.index_digest, live.checkpoint_digest)):
+        raise TypeError("names and digests are text")
+    return live
+
+
+def _standing(moves: Sequence[Live]) -> list[Live]:
+    """The moves that were not taken back: going back to a version takes back all that went live after it, and going back
+    to an earlier step that was not live takes back the later steps of its run."""
+    standing: list[Live] = []
+    for move in moves:
+        names = [each.index for each in standing]
+        if move.index in names:
+            standing = standing[: names.index(move.index)]
+        else:
+            while standing and _is_later(standing[-1].index, move.index):
+                standing.pop()
+        standing.append(move)
+    return standing
+
+
+def _is_later(name: str, other: str) -> bool:
+    """Whether one version is of a later step of the same run as another."""
+    try:
+        (run, step), (other_run, other_step) = parse_key(name), parse_key(other)
+    except ConfigError:
+        return False
+    return run == other_run and step > other_step
 
 
 def _drop_files(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from assets.checkpoint import LIVE_POINTER
 from orchestration import journal
-from orchestration.defs import watch
+from orchestration.defs import growth, sensors, watch
 from orchestration.defs.jobs import refresh_index
 from realm_core.artifacts.publish import append_durably
 from realm_core.artifacts.store import Store
@@ -154,3 +154,24 @@ def test_a_failed_refresh_is_recorded_with_its_reason_and_what_stays_live(
     (record,) = instance.fetch_observations(dg.AssetKey("mips_index"), limit=5).records
     assert record.partition_key == "r1-s0000008"
     assert record.asset_observation.metadata["still_live"].value == "r1-s0000004"
+
+
+@pytest.mark.parametrize("content", ["garbage", '{"schema": 1}', "an index that is gone"])
+def test_sensors_say_why_they_do_nothing_when_the_pointer_cannot_be_read(
+    live: Store, instance: dg.DagsterInstance, content: str
+) -> None:
+    worlds.pretend_checkpoint(live, "r1", 8)
+    worlds.write_manifest(live.path("corpus", "v0001"), corpus_values())
+    if content == "an index that is gone":
+        edit(live, index="r1-s0000099")
+    else:
+        (live.home / "live.json").write_text(content)
+    for sensor in (sensors.checkpoint_sensor, growth.growth_sensor):
+        said = sensor(dg.build_sensor_context(instance=instance, resources={"store": live}))
+        if sensor is growth.growth_sensor or content != "an index that is gone":
+            assert isinstance(said, dg.SkipReason)
+            assert "nothing is refreshed: " in said.skip_message and str(live.home) in said.skip_message
+
+
+def corpus_values() -> dict[str, Any]:
+    return {"stage": "corpus", "code": "1", "config_digest": "c", "parents": {}, "sources": {}, "files": {}}

@@ -1,5 +1,6 @@
 """The gate: which index versions may go live, and in which words the others are refused."""
 
+import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -253,3 +254,70 @@ def test_the_vectors_of_a_live_index_are_those_that_were_qualified(home: Store) 
     rewrite(folder, files=files)
     with pytest.raises(GateError, match="its verdict is about index"):
         gate(home)
+
+
+# --- a pointer that somebody edited ----------------------------------------------------------------------------------
+
+
+def edit(store: Store, **values: Any) -> None:
+    path = store.home / "live.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **values}), encoding="utf-8")
+
+
+def edited_to_the_first(store: Store) -> None:
+    edit(store, index=FIRST, index_digest=store.manifest("indexes", FIRST).digest)
+
+
+HANDS: dict[str, Callable[[Store], None]] = {
+    "the name of one and the digest of another": lambda store: edit(store, index=FIRST),
+    "the digest of another": lambda store: edit(store, index_digest=store.manifest("indexes", FIRST).digest),
+    "another version, consistently": edited_to_the_first,
+    "a version that is gone": lambda store: edit(store, index="r1-s0000099"),
+    "a name that is none": lambda store: edit(store, index="../Somewhere"),
+    "another reason": lambda store: edit(store, reason="because I can"),
+}
+
+
+@pytest.mark.parametrize("hand", HANDS)
+def test_promoting_a_version_mends_a_pointer_that_was_edited(home: Store, hand: str) -> None:
+    gate(home)
+    HANDS[hand](home)
+    live = gate(home, reason="mended")
+    assert (live.index, live.index_digest) == (LATER, home.manifest("indexes", LATER).digest)
+    assert (live.generation, live.reason) == (3, "mended")
+    assert home.live() == live == home.live_history()[-1]
+
+
+def test_what_an_edit_made_live_can_be_made_live_in_earnest(home: Store) -> None:
+    gate(home)
+    edited_to_the_first(home)
+    live = gate(home, name=FIRST, reason="it shall be the first")
+    assert (live.index, live.generation) == (FIRST, 3)
+    assert home.live() == home.live_history()[-1] == live
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "[]", '{"schema": 1}', '{"schema": 1, "index": 5}', "\udcff"])
+def test_a_damaged_pointer_is_mended_from_the_history_by_the_next_promotion(
+    home: Store, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    before = home.live()
+    (home.home / "live.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert gate(home, name=FIRST) == before == home.live()
+    assert "live.json: was damaged; r1-s0000000 of the last line of live.history.jsonl" in capsys.readouterr().err
+    assert (home.home / "live.json.damaged").read_bytes() == text.encode("utf-8", "surrogateescape")
+    assert gate(home).generation == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_pointer_without_a_history_does_not_stop_a_promotion(home: Store) -> None:
+    (home.home / "live.json").write_text("garbage")
+    (home.home / "live.history.jsonl").unlink()
+    assert gate(home).index == LATER
+    assert home.live() == home.live_history()[-1]
+
+
+def test_an_edit_does_not_let_an_older_step_in_where_it_names_nothing(home: Store) -> None:
+    gate(home)
+    edit(home, index="r1-s0000099")
+    with pytest.raises(GateError, match=f"older than the live {LATER}"):
+        gate(home, name=FIRST)
