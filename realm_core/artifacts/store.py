@@ -23,7 +23,14 @@ from typing import Any
 
 from filelock import FileLock
 
-from realm_core.artifacts.keys import checkpoint_key, checkpoint_of, parse_key, require_run_name
+from realm_core.artifacts.keys import (
+    checkpoint_key,
+    checkpoint_of,
+    is_key,
+    is_run_name,
+    parse_key,
+    require_run_name,
+)
 from realm_core.artifacts.lease import Lease
 from realm_core.artifacts.manifest import MANIFEST, PRUNED, QUARANTINED, Manifest, Plan, read_manifest
 from realm_core.artifacts.publish import append_durably, operator_error, read_json_lines, write_durably
@@ -172,6 +179,16 @@ class Store:
             return []
         return sorted(entry.name for entry in folder.iterdir() if entry.name[0] != "." and (entry / MANIFEST).is_file())
 
+    def keys(self, kind: str) -> list[str]:
+        """`names` that are keys of checkpoints: a copy that somebody laid beside them is none of ours."""
+        return [name for name in self.names(kind) if is_key(name)]
+
+    def foreign(self) -> list[str]:
+        """KIND/NAME of what lies among checkpoints, versions and trainers and is passed over for its name."""
+        kinds = [kind for kind in BY_CHECKPOINT if kind not in ("readers", "results")]
+        found = [f"{kind}/{name}" for kind in kinds for name in self.names(kind) if not is_key(name)]
+        return found + [f"trainer/{name}" for name in self._trainers() if not is_run_name(name)]
+
     def has(self, kind: str, name: str) -> bool:
         return (self.path(kind, name) / MANIFEST).is_file()
 
@@ -211,11 +228,15 @@ class Store:
 
     def find(self, digest: str) -> Path | None:
         """Folder of the artifact whose manifest digest starts with `digest`."""
-        for kind in VERSIONED + BY_CHECKPOINT:
-            for name in self.names(kind):
-                if self.manifest(kind, name).digest.startswith(digest):
-                    return self.path(kind, name)
+        for kind, name in self.everything():
+            if self.manifest(kind, name).digest.startswith(digest):
+                return self.path(kind, name)
         return None
+
+    def everything(self) -> Iterator[tuple[str, str]]:
+        """(kind, name) of every finished artifact; of a kind, what goes by a key comes before the copies of it."""
+        for kind in VERSIONED + BY_CHECKPOINT:
+            yield from ((kind, name) for name in sorted(self.names(kind), key=lambda name: (not is_key(name), name)))
 
     def parent(self, folder: Path, role: str) -> Path:
         """Folder of the artifact that `folder` was made from in this role. Raises ArtifactError if it is gone."""
@@ -229,7 +250,7 @@ class Store:
         """Keys of a run's checkpoints that can be gone on from, oldest first: weights are there and nobody warns of them."""
         return [
             key
-            for key in self.names("checkpoints")
+            for key in self.keys("checkpoints")
             if parse_key(key)[0] == run and not (self.is_pruned(key) or self.is_quarantined(key))
         ]
 
@@ -248,7 +269,7 @@ class Store:
 
     def collapse(self, run: str) -> str | None:
         """Why a run ended for good: its retriever collapsed; None while it may go on or has reached its end."""
-        aside = [key for key in self.names("checkpoints") if parse_key(key)[0] == run and self.is_quarantined(key)]
+        aside = [key for key in self.keys("checkpoints") if parse_key(key)[0] == run and self.is_quarantined(key)]
         marks = [self.trainer(run) / COLLAPSED, *(self.path("checkpoints", key) / QUARANTINED for key in aside)]
         for mark in marks:  # the first is absent where an earlier version set checkpoints aside
             with suppress(FileNotFoundError):
@@ -264,9 +285,12 @@ class Store:
 
     def runs(self) -> list[str]:
         """Training runs that have left a checkpoint or a trainer folder."""
+        folders = {name for name in self._trainers() if is_run_name(name)}
+        return sorted(folders | {parse_key(key)[0] for key in self.keys("checkpoints")})
+
+    def _trainers(self) -> list[str]:
         started = self.home / "trainer"
-        folders = {entry.name for entry in started.iterdir()} if started.is_dir() else set()
-        return sorted(folders | {parse_key(key)[0] for key in self.names("checkpoints")})
+        return sorted(entry.name for entry in started.iterdir() if entry.is_dir()) if started.is_dir() else []
 
     def trainer(self, run: str) -> Path:
         return self.home / "trainer" / require_run_name(run)
@@ -417,7 +441,7 @@ class Store:
             mark = self.path("checkpoints", key) / PRUNED
             write_durably(mark, json.dumps({"pruned_at": time.time()}) + "\n")
             dropped.append(key)
-        for key in self.names("checkpoints"):  # those marked just now, and what a crash left of earlier ones
+        for key in self.keys("checkpoints"):  # those marked just now, and what a crash left of earlier ones
             folder = self.path("checkpoints", key)
             if parse_key(key)[0] == run and (folder / PRUNED).exists():
                 _drop_files(folder)
@@ -427,7 +451,7 @@ class Store:
         """Indexes and readers with bytes: an index is asked with the query tower of its checkpoint, and a reader that was
         tuned on it with the rest of that retriever."""
         kinds = ("indexes", "readers")
-        return {name for kind in kinds for name in self.names(kind) if not (self.path(kind, name) / PRUNED).exists()}
+        return {name for kind in kinds for name in self.keys(kind) if not (self.path(kind, name) / PRUNED).exists()}
 
     def _being_refreshed(self, key: str, live: Live | None) -> bool:
         """Whether an index of this checkpoint may still go live: it must then be asked with this query tower.

@@ -68,7 +68,7 @@ def _to_compare_with(store: Store, live: Live | None, last: list[Live]) -> Live 
 
 def _require_known(store: Store, name: str) -> None:
     if not store.has("indexes", name):
-        known = ", ".join(store.names("indexes")[-5:]) or "none yet"
+        known = ", ".join(store.keys("indexes")[-5:]) or "none yet"
         raise ArtifactError(
             f"{store.path('indexes', name)}: no manifest.json, so no such index version; newest versions: {known}"
         )

@@ -87,8 +87,8 @@ def test_without_a_first_run_there_is_nothing_to_repeat(empty_store: Store, inst
 
 def test_names_somebody_chose_and_runs_that_never_began_do_not_confuse_the_count(store: Store) -> None:
     add_a_document(store)
-    for name in ("r7", "ablation"):
-        store.trainer(name).mkdir(parents=True)
+    for name in ("r7", "ablation", "r8.old"):
+        (store.home / "trainer" / name).mkdir(parents=True)
     assert retraining.due(store).run == "r8"  # r7 is taken, and r1 the last that began
 
 

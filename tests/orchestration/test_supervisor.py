@@ -191,3 +191,14 @@ def test_the_status_tells_who_trains_since_when_and_what_went_wrong(wanted: Stor
     assert f"process     {os.getpid()} on {HERE}, heartbeat 0 s ago" in text
     assert "token       1, restarts since the last checkpoint 0" in text
     json.dumps(found)
+
+
+def test_a_foreign_folder_does_not_stop_supervision_and_is_named(wanted: Store) -> None:
+    (wanted.home / "trainer" / "r1.old").mkdir()
+    shutil.copytree(wanted.path("checkpoints", "r1-s0000000"), wanted.home / "checkpoints" / "r1-s0000000.backup")
+    trainer.stop(wanted.home, "r1")
+    said = watch.trainer_health_sensor(dg.build_sensor_context(resources={"store": wanted}))
+    assert isinstance(said, dg.SkipReason) and said.skip_message.startswith("r1 ")
+    found = status.of(wanted, "r1")
+    assert found["checkpoints"] == ["r1-s0000000"]
+    assert "passed over checkpoints/r1-s0000000.backup, trainer/r1.old" in status.text(found)

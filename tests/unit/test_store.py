@@ -454,3 +454,39 @@ def test_checkpoints_lose_nothing_while_the_pointer_cannot_be_read(store: Store)
     (store.home / "live.json").write_text("garbage")
     assert store.prune_checkpoints("r1", keep=2, spare=set()) == []
     assert not any(store.is_pruned(key) for key in store.names("checkpoints"))
+
+
+# --- folders that somebody laid there --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def littered(store: Store) -> Store:
+    """A home with copies and old folders beside what is its own."""
+    checkpoints(store, 0, 4, 8, 12)
+    store.trainer("r1").mkdir(parents=True)
+    (store.home / "trainer" / "r1.old").mkdir()
+    (store.home / "trainer" / ".DS_Store").write_text("")
+    for copy in ("r1-s0000012.backup", "a-copy", "r1"):
+        shutil.copytree(store.path("checkpoints", "r1-s0000012"), store.home / "checkpoints" / copy)
+    return store
+
+
+def test_foreign_folders_are_no_runs_and_no_checkpoints(littered: Store) -> None:
+    assert littered.runs() == ["r1"]
+    assert littered.checkpoints("r1") == [checkpoint_key("r1", step) for step in (0, 4, 8, 12)]
+    assert littered.foreign() == [
+        "checkpoints/a-copy",
+        "checkpoints/r1",
+        "checkpoints/r1-s0000012.backup",
+        "trainer/r1.old",
+    ]
+
+
+def test_foreign_folders_do_not_stop_pruning_and_lose_nothing(littered: Store) -> None:
+    assert littered.prune_checkpoints("r1", keep=2, spare=set()) == ["r1-s0000000", "r1-s0000004"]
+    assert not (littered.home / "checkpoints" / "r1-s0000012.backup" / PRUNED).exists()
+
+
+def test_a_digest_is_that_of_the_artifact_and_not_of_its_copy(littered: Store) -> None:
+    digest = littered.manifest("checkpoints", "r1-s0000012").digest
+    assert littered.find(digest) == littered.path("checkpoints", "r1-s0000012")
