@@ -157,7 +157,9 @@ def train_start(home: Home = HOME, run: RunName = "r1") -> None:
 def train_stop(home: Home = HOME, run: RunName = "r1") -> None:
     """Ask the trainer to end at its next step border."""
     from orchestration import trainer
+    from realm_core.artifacts.store import Store
 
+    Store.open(home).require_run(run)
     print(trainer.stop(home, run))
 
 
@@ -167,7 +169,9 @@ def train_status(home: Home = HOME, run: RunName = "r1", as_json: AsJson = False
     from orchestration import status
     from realm_core.artifacts.store import Store
 
-    found = status.of(Store.open(home), run)
+    store = Store.open(home)
+    store.require_run(run)
+    found = status.of(store, run)
     print(json.dumps(found) if as_json else status.text(found))
 
 

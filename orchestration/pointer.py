@@ -44,6 +44,7 @@ def rollback(home: Path, to: str | None, reason: str) -> tuple[Live, dict[str, s
 
     Raises GateError if nothing was live before, or if the version has not earned it.
     """
+    gate.require_reason(reason)  # before a verdict is given again
     store = _ready(home)
     with store.pointer_lock():
         if mended := store.mend_live():

@@ -127,7 +127,7 @@ def promote(
 
 def lineage(
     version: Annotated[
-        str | None, typer.Argument(help="Index, checkpoint or digest; the live index by default.")
+        str | None, typer.Argument(help="Index, checkpoint, KIND/NAME or digest; the live index by default.")
     ] = None,
     home: Home = HOME,
     as_json: AsJson = False,

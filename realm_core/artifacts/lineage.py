@@ -36,9 +36,13 @@ class Node:
 
 
 def locate(store: Store, wanted: str | None) -> tuple[str, str]:
-    """(kind, name) of a version: an index or checkpoint name, a digest or its beginning, or None for the live index."""
+    """(kind, name) of a version: an index or checkpoint name, KIND/NAME as lineage itself shows it, a digest or its
+    beginning, or None for the live index."""
     if wanted is None:
         return "indexes", store.require_live().index
+    kind, slash, name = wanted.partition("/")
+    if slash and kind in BY_CHECKPOINT + VERSIONED and name in store.names(kind):
+        return kind, name
     for kind in ("indexes", *BY_CHECKPOINT, *VERSIONED):
         if wanted in store.names(kind):
             return kind, wanted

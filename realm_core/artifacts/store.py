@@ -296,13 +296,18 @@ class Store:
         return self.home / "trainer" / require_run_name(run)
 
     def training_lease(self, run: str) -> Lease:
-        """The one lease of a training run, whoever trains it: the detached trainer, a segment, or a command."""
-        settings, folder = self.config().supervise, self.trainer(run)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise operator_error(error, folder) from None
-        return Lease(folder / "lease.json", settings.heartbeat_seconds, settings.stale_seconds)
+        """The one lease of a training run, whoever trains it: the detached trainer, a segment, or a command.
+
+        Looking at it makes no folder; taking it does.
+        """
+        settings = self.config().supervise
+        path = self.trainer(run) / "lease.json"
+        return Lease(path, settings.heartbeat_seconds, settings.stale_seconds, makes_folder=True)
+
+    def require_run(self, run: str) -> None:
+        """Raise ConfigError unless this training run has begun here."""
+        if require_run_name(run) not in (known := self.runs()):
+            raise ConfigError(f"{self.home}: no training run {run}; there is {', '.join(known) or 'none yet'}")
 
     # --- the pointer ---------------------------------------------------------------------------------------------
 

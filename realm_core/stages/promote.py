@@ -10,7 +10,7 @@ from realm_core.artifacts.publish import provenance
 from realm_core.artifacts.store import Live, Store, parse_key
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
-from realm_core.errors import ArtifactError, GateError
+from realm_core.errors import ArtifactError, ConfigError, GateError
 from realm_core.model.bundle import EMBEDDER
 from realm_core.stages.qualify import SECTIONS as VERDICT_SECTIONS
 from realm_core.stages.qualify import require_complete
@@ -36,6 +36,7 @@ def run(
     live before is not compared with the live one, whose metrics may be just what is wrong.
     """
     _require_known(store, name)
+    require_reason(reason)
     with store.pointer_lock():  # retention marks what it drops under the same lock: what is verified here stays
         index = open_artifact(store.path("indexes", name), "index")
         if mended := store.mend_live():
@@ -56,6 +57,12 @@ def run(
             if not (allow_drop or stood_the_test):
                 _require_no_worse(config, store, name, live)
         return store.move_live(name, index.digest, checkpoint.digest, reason, provenance().get("dagster_run_id"))
+
+
+def require_reason(reason: str) -> None:
+    """Raise ConfigError for an empty one: the history is read by people who were not there."""
+    if not reason.strip():
+        raise ConfigError("--reason is empty; say why, in a few words that stay in live.history.jsonl")
 
 
 def _to_compare_with(store: Store, live: Live | None, last: list[Live]) -> Live | None:

@@ -67,6 +67,13 @@ def test_the_run_that_promoted_is_remembered(home: Store, monkeypatch: pytest.Mo
     assert gate(home).dagster_run_id == "dagster-7"
 
 
+@pytest.mark.parametrize("reason", ["", "  "])
+def test_a_move_without_a_reason_is_refused(home: Store, reason: str) -> None:
+    with pytest.raises(ConfigError, match="--reason is empty; say why"):
+        gate(home, reason=reason)
+    assert len(home.live_history()) == 1
+
+
 def unqualified(store: Store) -> None:
     shutil.rmtree(store.path("verdicts", LATER))
 
