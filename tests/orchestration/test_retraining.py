@@ -3,6 +3,8 @@
 import datetime
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,3 +120,20 @@ def test_the_trainer_starts_when_the_inputs_are_there_and_only_then(
 def test_the_schedule_is_off_unless_a_cron_is_set() -> None:
     assert Config().retrain.cron is None
     assert schedules.retrain_schedule.default_status == dg.DefaultScheduleStatus.STOPPED
+
+
+def test_an_expression_that_never_comes_stops_the_schedule_and_nothing_else(
+    empty_store: Store,
+) -> None:
+    values = empty_store.settings()
+    values["config"]["retrain"]["cron"] = "99 99 * * *"
+    empty_store.write_settings(values)
+    code = """
+from orchestration.definitions import defs
+schedule = defs.get_schedule_def("retrain_schedule")
+print(schedule.default_status.value, schedule.description, len(defs.get_repository_def().sensor_defs) > 3)
+"""
+    environment = {**os.environ, "REALM_HOME": str(empty_store.home)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("STOPPED Off: retrain.cron: minute '99': expected") and "True" in done.stdout
