@@ -5,10 +5,10 @@ import dagster as dg
 from assets.settings import home_settings
 from orchestration import retraining
 from orchestration.defs.jobs import bootstrap, start_training
+from orchestration.retraining import RETRAIN
 from realm_core.artifacts.store import Store
 from realm_core.cron import problem_with
 
-RETRAIN = "realm/retrain"  # tag: the training run that a bootstrap is for
 _SETTINGS = home_settings().retrain
 # An expression that Dagster refuses would take every other definition down with this schedule.
 _PROBLEM = problem_with(_SETTINGS.cron) if _SETTINGS.cron else "no retrain.cron is set"

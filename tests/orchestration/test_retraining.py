@@ -14,10 +14,12 @@ import pytest
 from orchestration import retraining
 from orchestration.defs import schedules
 from orchestration.defs.jobs import bootstrap
+from realm_core.artifacts import corpora
 from realm_core.artifacts.store import Store
 from realm_core.config import Config
+from realm_core.errors import DataError
 from realm_core.ports import NullSink
-from realm_core.stages import CODE, corpus
+from realm_core.stages import CODE, corpus, grow
 
 
 @pytest.fixture
@@ -137,3 +139,21 @@ print(schedule.default_status.value, schedule.description, len(defs.get_reposito
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("STOPPED Off: retrain.cron: minute '99': expected") and "True" in done.stdout
+
+
+def test_a_grown_corpus_whose_source_changed_is_told_what_to_do_and_starts_no_run_that_fails(
+    store: Store, instance: dg.DagsterInstance
+) -> None:
+    with corpora.growing(store):
+        grow.apply(store.config(), store=store, change=grow.Remove(ids=[a_document(store)]), sink=NullSink())
+    assert retraining.due(store) == retraining.Due("r2", "since r1: corpus v0002 is new")
+    add_a_document(store)
+    said = tick(store, instance).skip_message
+    assert said.startswith("since r1: grown.jsonl changed, corpus v0002 is new; but ")
+    assert "changed since" in said and said.endswith("restore it and bring the change with realm corpus add")
+    with pytest.raises(DataError):  # what the job would have met
+        corpus.of_home(store.config(), store=store, sink=NullSink())
+
+
+def a_document(store: Store) -> str:
+    return str(json.loads(store.source("corpus").read_text("utf-8").splitlines()[3])["id"])
