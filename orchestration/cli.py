@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from realm_core import cli, cli_options, cli_versions
-from realm_core.cli_options import HOME, AsJson, Home, Params, Profile, Set
+from realm_core.cli_options import HOME, AllowDrop, AsJson, Home, Params, Profile, Set
 from realm_core.params import settings_for_command
 
 app = cli.app
@@ -134,6 +134,7 @@ def promote(
     home: Home = HOME,
     reason: Annotated[str, typer.Option(help="Why; kept in the pointer's history.")] = "by hand",
     allow_older: Annotated[bool, typer.Option(help="Let an older step go live; realm rollback does.")] = False,
+    allow_drop: AllowDrop = False,
     as_json: AsJson = False,
 ) -> None:
     """Make an index version live, if the gate agrees, and tell Dagster and MLflow."""
@@ -141,7 +142,7 @@ def promote(
     from realm_core.artifacts.store import Store
 
     name = cli_versions.index_named(Store.open(home), version)
-    live, told = pointer.promote(home, name, reason, allow_older=allow_older)
+    live, told = pointer.promote(home, name, reason, allow_older=allow_older, allow_drop=allow_drop)
     cli_versions.show_live(live, as_json, **told)
 
 

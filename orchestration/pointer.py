@@ -22,10 +22,13 @@ from realm_core.stages import promote as gate
 from realm_core.stages import qualify
 
 
-def promote(home: Path, name: str, reason: str, *, allow_older: bool = False) -> tuple[Live, dict[str, str]]:
+def promote(
+    home: Path, name: str, reason: str, *, allow_older: bool = False, allow_drop: bool = False
+) -> tuple[Live, dict[str, str]]:
     """Move the pointer through the gate and tell everybody. Returns what is live, and how each service took it."""
     store = _ready(home)
-    live = gate.run(store.config(), store=store, name=name, reason=reason, allow_older=allow_older)
+    allowed = {"allow_older": allow_older, "allow_drop": allow_drop}
+    live = gate.run(store.config(), store=store, name=name, reason=reason, **allowed)
     return live, tell(store, live)
 
 

@@ -12,6 +12,7 @@ from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.errors import ArtifactError, ConfigError, GateError
 from realm_core.model.bundle import EMBEDDER
+from realm_core.stages.metric_policy import require_no_worse
 from realm_core.stages.qualify import SECTIONS as VERDICT_SECTIONS
 from realm_core.stages.qualify import require_complete
 
@@ -55,7 +56,7 @@ def run(
             _require_corpus(store, name, live, allow_older)
             stood_the_test = allow_older and index.digest in {move.index_digest for move in store.live_history()}
             if not (allow_drop or stood_the_test):
-                _require_no_worse(config, store, name, live)
+                require_no_worse(config, store, name, live.index)
         return store.move_live(name, index.digest, checkpoint.digest, reason, provenance().get("dagster_run_id"))
 
 
@@ -149,21 +150,3 @@ def _require_corpus(store: Store, name: str, live: Live, allow_older: bool) -> N
             f"{name}: over corpus {mine.name}, older than {theirs.name} of the live {live.index}; "
             f"to roll back, realm rollback --to {name} --reason …"
         )
-
-
-def _require_no_worse(config: Config, store: Store, name: str, live: Live) -> None:
-    for metric, tolerance in (
-        ("recall_at_5", config.gate.max_recall_drop),
-        ("exact_match", config.gate.max_em_drop),
-    ):
-        if tolerance is None:
-            continue
-        new, old = (_metric(store.path("evaluations", key), metric) for key in (name, live.index))
-        if new is None or old is None:
-            raise GateError(f"{name}: {metric} of it or of the live index is missing; evaluate both first")
-        if new < old - tolerance:
-            raise GateError(f"{name}: {metric} {new:.3f} against {old:.3f} of the live {live.index}; it stays live")
-
-
-def _metric(folder: Path, metric: str) -> float | None:
-    return read_manifest(folder).facts["metrics"].get(metric) if folder.is_dir() else None

@@ -222,9 +222,48 @@ def test_a_metric_that_is_asked_for_must_be_there_on_both_sides(home: Store, key
         shutil.rmtree(home.path("evaluations", key))
     else:
         scored(home, key, something_else=1.0)
-    with pytest.raises(GateError, match="recall_at_5 of it or of the live index is missing; evaluate both first"):
+    found = f"{key} has no scores" if how == "not scored" else f"the scores of {key} lack recall_at_5"
+    with pytest.raises(GateError, match=f"{LATER}: cannot be compared with the live {FIRST}: {found}") as caught:
         gate(home, "gate.max_recall_drop=1.0")
+    assert f"realm promote {LATER} --allow-drop has it live without that" in str(caught.value)
     assert home.require_live().index == FIRST
+    assert gate(home, "gate.max_recall_drop=1.0", allow_drop=True).index == LATER
+
+
+@pytest.mark.parametrize("key", [FIRST, LATER])
+@pytest.mark.parametrize("other", ["questions", "number of questions", "k", "index"])
+def test_scores_that_say_nothing_about_each_other_are_refused(home: Store, key: str, other: str) -> None:
+    folder = home.path("evaluations", key)
+    made = read_manifest(folder)
+    match other:
+        case "questions":
+            rewrite(folder, sources={**made.sources, "dev": "f" * 64})
+            text = "scored on other questions: .*ffffffffffff"
+        case "number of questions":
+            rewrite(folder, {"questions": 3})
+            text = "scored on other questions: .*3 of dev"
+        case "k":
+            rewrite(folder, {"metrics": {**made.facts["metrics"], "recall_at_7": 1.0}})
+            text = "scored on other k: .*7"
+        case _:
+            rewrite(folder, parents={**made.parents, "index": "f" * 64})
+            text = f"the scores of {key} are about index ffffffffffff, it is "
+    with pytest.raises(GateError, match=text):
+        gate(home, "gate.max_em_drop=1.0")
+    assert home.require_live().index == FIRST
+    assert gate(home, "gate.max_em_drop=null").index == LATER
+
+
+def test_scores_are_asked_for_by_default_and_not_of_random_weights() -> None:
+    policies = {
+        profile: load_config(None, profile).gate.model_dump(include={"max_recall_drop", "max_em_drop"}).values()
+        for profile in ("base", "demo", "tiny")
+    }
+    assert {profile: list(values) for profile, values in policies.items()} == {
+        "base": [0.03, 0.03],
+        "demo": [0.08, 0.05],
+        "tiny": [None, None],
+    }
 
 
 def test_a_metric_nobody_asks_for_may_be_missing(home: Store) -> None:
