@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from realm_core import cli, cli_options, cli_versions
-from realm_core.cli_options import HOME, AsJson, Home, Params, Profile, Set
+from realm_core.cli_options import HOME, AllowDrop, AsJson, Home, Params, Profile, Set
 from realm_core.params import settings_for_command
 
 app = cli.app
@@ -134,6 +134,7 @@ def promote(
     home: Home = HOME,
     reason: Annotated[str, typer.Option(help="Why; kept in the pointer's history.")] = "by hand",
     allow_older: Annotated[bool, typer.Option(help="Let an older step go live; realm rollback does.")] = False,
+    allow_drop: AllowDrop = False,
     as_json: AsJson = False,
 ) -> None:
     """Make an index version live, if the gate agrees, and tell Dagster and MLflow."""
@@ -141,7 +142,7 @@ def promote(
     from realm_core.artifacts.store import Store
 
     name = cli_versions.index_named(Store.open(home), version)
-    live, told = pointer.promote(home, name, reason, allow_older=allow_older)
+    live, told = pointer.promote(home, name, reason, allow_older=allow_older, allow_drop=allow_drop)
     cli_versions.show_live(live, as_json, **told)
 
 
@@ -157,7 +158,9 @@ def train_start(home: Home = HOME, run: RunName = "r1") -> None:
 def train_stop(home: Home = HOME, run: RunName = "r1") -> None:
     """Ask the trainer to end at its next step border."""
     from orchestration import trainer
+    from realm_core.artifacts.store import Store
 
+    Store.open(home).require_run(run)
     print(trainer.stop(home, run))
 
 
@@ -167,7 +170,9 @@ def train_status(home: Home = HOME, run: RunName = "r1", as_json: AsJson = False
     from orchestration import status
     from realm_core.artifacts.store import Store
 
-    found = status.of(Store.open(home), run)
+    store = Store.open(home)
+    store.require_run(run)
+    found = status.of(store, run)
     print(json.dumps(found) if as_json else status.text(found))
 
 

@@ -5,6 +5,7 @@ the result, and repeating the command tells it again.
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from realm_core.stages import promote as gate
 from realm_core.stages import qualify
 
 
-def promote(home: Path, name: str, reason: str, *, allow_older: bool = False) -> tuple[Live, dict[str, str]]:
+def promote(
+    home: Path, name: str, reason: str, *, allow_older: bool = False, allow_drop: bool = False
+) -> tuple[Live, dict[str, str]]:
     """Move the pointer through the gate and tell everybody. Returns what is live, and how each service took it."""
     store = _ready(home)
-    live = gate.run(store.config(), store=store, name=name, reason=reason, allow_older=allow_older)
+    allowed = {"allow_older": allow_older, "allow_drop": allow_drop}
+    live = gate.run(store.config(), store=store, name=name, reason=reason, **allowed)
     return live, tell(store, live)
 
 
@@ -38,23 +42,30 @@ def moved(store: Store, live: Live) -> dict[str, str]:
 
 
 def rollback(home: Path, to: str | None, reason: str) -> tuple[Live, dict[str, str]]:
-    """Go back to a version, by default the one that was live before. The same gate applies, but older steps may pass;
-    a verdict that was given under other settings is given again first.
+    """Go back to a version, by default the one that was live before: of A, B, C first B and, done again, A. The same gate
+    applies, but older steps may pass; a verdict that was given under other settings is given again first.
 
     Raises GateError if nothing was live before, or if the version has not earned it.
     """
+    gate.require_reason(reason)  # before a verdict is given again
     store = _ready(home)
     with store.pointer_lock():
-        live = store.require_live()
-        target = to
-        if target is None:
-            before = store.live_before()
-            if before is None:
-                raise GateError(f"{home}: only {live.index} was ever live; name another one with --to")
-            target = before.index
+        if mended := store.mend_live():
+            print(f"warning: {mended}", file=sys.stderr, flush=True)
+        target = to or _target(store)
         _qualify_by_todays_settings(store, target)
         live = gate.run(store.config(), store=store, name=target, reason=reason, allow_older=True)
     return live, tell(store, live)
+
+
+def _target(store: Store) -> str:
+    """What was live before and nobody went back from."""
+    live, before = store.require_live(), store.rollback_target()
+    if before is not None:
+        return before.index
+    others = {move.index for move in store.live_history()} - {live.index}
+    said = f"all that was live before {live.index} was gone back from" if others else f"only {live.index} was ever live"
+    raise GateError(f"{store.home}: {said}; name another one with --to")
 
 
 def _ready(home: Path) -> Store:

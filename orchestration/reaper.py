@@ -1,24 +1,40 @@
 """Dagster runs whose process is gone. After a crash of the machine, or of the code server, Dagster believes for ever that
 they still run, and for as long as it does their pool lets nobody else in."""
 
+import time
+
 import dagster as dg
 import psutil
 
+from orchestration.resources.store import HOST
+from realm_core.artifacts.lease import HERE
+
+_SILENCE = 10.0  # seconds in which every run that lives has said where it is
 # Runs that are only starting are left to Dagster's run_monitoring, which has a time-out for them.
 _UNDER_WAY = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
-def reap(instance: dg.DagsterInstance) -> list[str]:
-    """Report runs of this machine as failed if their process is gone; returns their ids."""
-    dead = []
+def reap(instance: dg.DagsterInstance, now: float | None = None) -> list[str]:
+    """Report runs of this machine as failed if their process is gone; returns their ids.
+
+    A run says which machine it is on right after it has told its process. One that is on another machine is looked at by
+    the daemon there, and one that has said nothing for a while died before it could: its process is looked for here.
+    """
+    dead, now = [], time.time() if now is None else now
     for record in instance.get_run_records(dg.RunsFilter(statuses=_UNDER_WAY)):
         run = record.dagster_run
         process = _process_of(instance, run.run_id)
         if process is None or record.start_time is None or _lives(process, record.start_time):
             continue
+        if _may_be_elsewhere(run.tags.get(HOST), now - record.start_time):
+            continue
         instance.report_run_failed(run, f"Its process {process} is gone: the machine or the code server was stopped.")
         dead.append(run.run_id)
     return dead
+
+
+def _may_be_elsewhere(host: str | None, seconds: float) -> bool:
+    return host != HERE if host else seconds < _SILENCE
 
 
 def _process_of(instance: dg.DagsterInstance, run_id: str) -> int | None:

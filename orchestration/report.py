@@ -22,7 +22,7 @@ def collect(store: Store, run: str, instance: dg.DagsterInstance, seconds: float
     tracker = tracker_for(store.home)
     tracker.flush()
     swaps = read_json_lines(store.trainer(run) / "swaps.jsonl")
-    keys = [key for key in store.names("indexes") if parse_key(key)[0] == run]
+    keys = [key for key in store.keys("indexes") if parse_key(key)[0] == run]
     return {
         "seconds": round(seconds, 1),
         "index_versions": [_version(store, key, instance, swaps) for key in keys],
@@ -81,7 +81,7 @@ def _no_scores() -> dict[str, Any]:
 def training(store: Store, run: str) -> dict[str, Any]:
     """How long the trainer computed, and how long it stood still because of refreshes and index swaps, in seconds."""
     records = [
-        store.manifest("checkpoints", key).record for key in store.names("checkpoints") if parse_key(key)[0] == run
+        store.manifest("checkpoints", key).record for key in store.keys("checkpoints") if parse_key(key)[0] == run
     ]
     seconds = sum(record.get("train_seconds", 0.0) for record in records)
     stalled = sum(record.get("stall_seconds", 0.0) for record in records)

@@ -7,8 +7,10 @@ from orchestration import supervisor
 from realm_core.artifacts import corpora
 from realm_core.artifacts.manifest import Manifest, file_sha256, read_manifest
 from realm_core.artifacts.store import Store, checkpoint_key
+from realm_core.errors import RealmError
 from realm_core.stages import CODE
 
+RETRAIN = "realm/retrain"  # tag: the training run that a bootstrap is for
 _NUMBERED = re.compile(r"r(\d+)")
 _SOURCES = {"corpus": "documents", "pretrain_corpus": "documents", "questions": "questions"}  # kind -> role
 
@@ -32,9 +34,25 @@ def due(store: Store) -> Due:
         return Due(None, f"{last} is still being trained")
     start = store.manifest("checkpoints", checkpoint_key(last, 0))
     changes = [*_changed_sources(store), *_changed_inputs(store, start), *_changed_code(store, start)]
+    if changes and (problem := _in_the_way(store)):
+        return Due(None, f"since {last}: {', '.join(changes)}; but {problem}")
     if changes:
         return Due(f"r{max(numbers) + 1}", f"since {last}: {', '.join(changes)}")
     return Due(None, f"neither corpus nor code changed since {last} began")
+
+
+def _in_the_way(store: Store) -> str | None:
+    """Why the job `bootstrap` would fail: of a corpus that has grown no other first version is made."""
+    from realm_core.stages.corpus import require_same_source  # takes a second, which only a run that is due should wait
+
+    root = corpora.first(store)
+    if root == store.newest("corpus"):
+        return None
+    try:
+        require_same_source(root, store.source("corpus"), store.home, grown=True)
+    except RealmError as problem:
+        return str(problem)
+    return None
 
 
 def _changed_sources(store: Store) -> list[str]:

@@ -30,6 +30,7 @@ def of(store: Store, run: str) -> dict[str, Any]:
         "last_step": steps[-1] if steps else None,
         "stalled_share": timing["stalled_share"],
         "checkpoints": store.checkpoints(run),
+        "foreign": store.foreign(),
         "alerts": [row for row in journal.alerts(store) if row.get("about", "").split("-s")[0] == run][-_SHOWN:],
     }
 
@@ -50,6 +51,8 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"stalled     {found['stalled_share']:.2%} of its time for index swaps")
     kept = found["checkpoints"]
     lines.append(f"checkpoints {len(kept)} kept" + (f", newest {kept[-1]}" if kept else ""))
+    if found["foreign"]:
+        lines.append(f"passed over {', '.join(found['foreign'])}: not names of ours; move them out of the home")
     for alert in found["alerts"]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(alert["time"]))
         lines.append(f"alert       {when} {alert['message']}")

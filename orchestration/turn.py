@@ -44,8 +44,16 @@ class Turn:
         return self
 
     def _newest(self, run: str, keys: Sequence[str]) -> None:
-        """The newest checkpoint of a run, unless a refresh of that run is under way."""
+        """The newest checkpoint of a run, unless a refresh of that run is under way. One that is set aside does not hide
+        the one before it, as long as that may still go live."""
+        last, live_step = keys[-1], self._live_step(run)
+        while len(keys) > 1 and self.store.is_quarantined(keys[-1]):
+            keys = keys[:-1]
         newest = keys[-1]
+        if newest != last:
+            self.reasons.append(f"{last}: it is set aside")
+            if live_step is not None and parse_key(newest)[1] <= live_step:
+                return
         # Over a grown corpus too: the loop refreshes one version of a run at a time.
         under_way = sorted(
             key

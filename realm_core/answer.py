@@ -107,7 +107,7 @@ def _reader_for(store: Store, live: Live) -> Path:
 
 def _version(store: Store, as_of: str) -> Live:
     """An index version by name or digest, as the pointer would name it."""
-    for name in store.names("indexes"):
+    for name in store.keys("indexes"):
         made = store.manifest("indexes", name)
         if name == as_of or (len(as_of) >= 6 and made.digest.startswith(as_of)):
             return Live(
@@ -118,5 +118,5 @@ def _version(store: Store, as_of: str) -> Live:
                 promoted_at=0.0,
                 reason="as of",
             )
-    known = ", ".join(store.names("indexes")[-5:]) or "none yet"
+    known = ", ".join(store.keys("indexes")[-5:]) or "none yet"
     raise ArtifactError(f"{store.home}: no index version named or digested {as_of!r}; newest: {known}")

@@ -8,13 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from realm_core.cli_corpus import OnError, workers_for
-from realm_core.cli_options import HOME, AsJson, Home, tell_of_move
+from realm_core.cli_options import HOME, AllowDrop, AsJson, Home, tell_of_move
 from realm_core.errors import DataError
 from realm_core.ports import NullSink
-
-AllowDrop = Annotated[
-    bool, typer.Option(help="Go live even if recall or exact match drop by more than the gate allows.")
-]
 
 
 def mount(corpus_app: typer.Typer) -> None:

@@ -18,6 +18,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Out = Annotated[Path, typer.Option(help="Folder to create; it must not exist with another content.")]
 Home = Annotated[Path, typer.Option(help="Home folder of the operation.", envvar="REALM_HOME")]
 Metrics = Annotated[Path | None, typer.Option(help="Append metrics to this JSON-lines file while the stage runs.")]
+AllowDrop = Annotated[
+    bool, typer.Option(help="Go live even if recall or exact match drop by more than the gate allows.")
+]
 HOME = Path(".realm")
 
 

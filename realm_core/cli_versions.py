@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from realm_core.artifacts.store import Live, Store
-from realm_core.cli_options import HOME, AsJson, Home, Params, Profile, Set, show
+from realm_core.cli_options import HOME, AllowDrop, AsJson, Home, Params, Profile, Set, show
 from realm_core.errors import ArtifactError, ConfigError, DataError
 from realm_core.params import settings_for_command
 from realm_core.ports import NullSink
@@ -115,6 +115,7 @@ def promote(
     home: Home = HOME,
     reason: Annotated[str, typer.Option(help="Why; kept in the pointer's history.")] = "by hand",
     allow_older: Annotated[bool, typer.Option(help="Roll back to an older step.")] = False,
+    allow_drop: AllowDrop = False,
     as_json: AsJson = False,
 ) -> None:
     """Make an index version live, if the gate agrees."""
@@ -122,12 +123,13 @@ def promote(
 
     store = Store.open(home)
     name = index_named(store, version)
-    show_live(stage.run(store.config(), store=store, name=name, reason=reason, allow_older=allow_older), as_json)
+    allowed = {"allow_older": allow_older, "allow_drop": allow_drop}
+    show_live(stage.run(store.config(), store=store, name=name, reason=reason, **allowed), as_json)
 
 
 def lineage(
     version: Annotated[
-        str | None, typer.Argument(help="Index, checkpoint or digest; the live index by default.")
+        str | None, typer.Argument(help="Index, checkpoint, KIND/NAME or digest; the live index by default.")
     ] = None,
     home: Home = HOME,
     as_json: AsJson = False,

@@ -176,8 +176,10 @@ class GateConfig(Section):
 
     min_recall_vs_exact: float = Field(0.95, ge=0, le=1)
     max_null_probability: float = Field(0.95, gt=0, le=1)  # above it the retriever has collapsed onto the null document
-    max_recall_drop: float | None = Field(None, ge=0, le=1)  # recall@5 on dev against the live version; None: not asked
-    max_em_drop: float | None = Field(None, ge=0, le=1)
+    # Against the live version, on the dev questions; None: not asked. About two standard errors of the difference between
+    # two scores of evaluate.dev_questions=2000: less is chance. With fewer questions allow more, as 1 over their root.
+    max_recall_drop: float | None = Field(0.03, ge=0, le=1)  # recall@5
+    max_em_drop: float | None = Field(0.03, ge=0, le=1)  # exact match
 
 
 class RefreshConfig(Section):
@@ -220,7 +222,9 @@ class SuperviseConfig(Section):
 class RetrainConfig(Section):
     """When the next training run starts by itself. May be changed in a home that trains already."""
 
-    cron: str | None = Field(None, pattern=r"^\s*([\w*/,-]+\s+){4}[\w*/,-]+\s*$")  # such as "0 3 * * 0"; None: never
+    # Such as "0 3 * * 0"; None: never. Checked where it is set (see params): one that got into a home all the same stops
+    # the schedule and nothing else.
+    cron: str | None = None
     timezone: str = "UTC"
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from realm_core.config import Config
+from realm_core.cron import problem_with
 from realm_core.errors import ConfigError
 
 DEFAULT_PARAMS = Path(__file__).with_name("params.yaml")
@@ -31,7 +32,7 @@ def load_config(params: Path | None = None, profile: str = "demo", overrides: Se
         raise ConfigError(f"{path}: {profile}: a {type(values).__name__}, expected sections; mend the file")
     for override in overrides:
         _apply_override(values, override)
-    return config_from(values, where=f"{path}: {profile}")
+    return _with_usable_cron(config_from(values, where=f"{path}: {profile}"), where=f"{path}: {profile}")
 
 
 def with_overrides(config: Config, overrides: Sequence[str], where: str) -> Config:
@@ -39,7 +40,8 @@ def with_overrides(config: Config, overrides: Sequence[str], where: str) -> Conf
     values = config.model_dump(mode="json")
     for override in overrides:
         _apply_override(values, override)
-    return config_from(values, where)
+    changed = config_from(values, where)
+    return changed if changed.retrain.cron == config.retrain.cron else _with_usable_cron(changed, where)
 
 
 def settings_for_command(params: Path | None, profile: str, overrides: Sequence[str] | None) -> Config:
@@ -65,6 +67,13 @@ def config_from(values: Mapping[str, Any], where: str) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, where)) from None
+
+
+def _with_usable_cron(config: Config, where: str) -> Config:
+    cron = config.retrain.cron
+    if cron is not None and (problem := problem_with(cron)):
+        raise ConfigError(f"{where}: retrain.cron={cron!r}: {problem}; such as '0 3 * * 0', or null for never")
+    return config
 
 
 def _read_profiles(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from realm_core.artifacts import corpora, inbox
 from realm_core.artifacts.keys import checkpoint_of, parse_key
 from realm_core.artifacts.manifest import read_manifest
 from realm_core.artifacts.store import Store
+from realm_core.errors import RealmError
 
 CORPUS = dg.AssetKey("corpus_shards")
 
@@ -45,13 +46,17 @@ def growth_sensor(
 
     A command that changes the corpus brings its index up by itself; while it does so nothing is asked for.
     """
-    if store.live() is None or not store.names("corpus"):
-        return dg.SkipReason("no index is live yet")
-    if corpora.is_growing(store):
-        return dg.SkipReason("the corpus is being changed")
+    try:
+        if store.live() is None or not store.names("corpus"):
+            return dg.SkipReason("no index is live yet")
+        if corpora.is_growing(store):
+            return dg.SkipReason("the corpus is being changed")
+        missing = behind(store)
+    except RealmError as problem:  # a pointer that cannot be read, above all: pointer_sensor has told somebody
+        return dg.SkipReason(f"nothing is refreshed: {problem}")
     events = _unreported(context, store)
     busy = runs_being_refreshed(context.instance)
-    wanted = [version for version in behind(store) if parse_key(version)[0] not in busy]
+    wanted = [version for version in missing if parse_key(version)[0] not in busy]
     if not (events or wanted):
         return dg.SkipReason("the live index stands on the newest corpus, or is being brought to it")
     digest = read_manifest(store.newest("corpus")).digest

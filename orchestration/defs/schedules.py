@@ -5,17 +5,21 @@ import dagster as dg
 from assets.settings import home_settings
 from orchestration import retraining
 from orchestration.defs.jobs import bootstrap, start_training
+from orchestration.retraining import RETRAIN
 from realm_core.artifacts.store import Store
+from realm_core.cron import problem_with
 
-RETRAIN = "realm/retrain"  # tag: the training run that a bootstrap is for
 _SETTINGS = home_settings().retrain
+# An expression that Dagster refuses would take every other definition down with this schedule.
+_PROBLEM = problem_with(_SETTINGS.cron) if _SETTINGS.cron else "no retrain.cron is set"
 
 
 @dg.schedule(
     job=bootstrap,
-    cron_schedule=_SETTINGS.cron or "0 3 * * 0",
+    cron_schedule="0 3 * * 0" if _PROBLEM else _SETTINGS.cron,
     execution_timezone=_SETTINGS.timezone,
-    default_status=dg.DefaultScheduleStatus.RUNNING if _SETTINGS.cron else dg.DefaultScheduleStatus.STOPPED,
+    default_status=dg.DefaultScheduleStatus.STOPPED if _PROBLEM else dg.DefaultScheduleStatus.RUNNING,
+    description=f"Off: retrain.cron: {_PROBLEM}" if _SETTINGS.cron and _PROBLEM else None,
 )
 def retrain_schedule(
     context: dg.ScheduleEvaluationContext, store: dg.ResourceParam[Store]

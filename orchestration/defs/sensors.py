@@ -44,7 +44,10 @@ def checkpoint_sensor(
     new = [key for key in keys if key not in known]
     events = _events(context, store, [key for key in keys if key not in reported])
     asked = {parse_key(key)[0]: key for key in (context.cursor or "").split(",") if key}
-    turn = Turn(store, context.instance, by_run, asked, context.log.warning).take()
+    try:
+        turn = Turn(store, context.instance, by_run, asked, context.log.warning).take()
+    except RealmError as problem:  # a pointer that cannot be read, above all: pointer_sensor has told somebody
+        return dg.SkipReason(f"nothing is refreshed: {problem}")
     for request in turn.requests:
         if request.job_name == refreshes.JOB and request.partition_key:
             run, _ = parse_key(request.partition_key)

@@ -10,7 +10,8 @@ from assets.partitions import REALM_CKPT
 from assets.serving import pointer_event
 from assets.settings import home_settings
 from orchestration import journal, pointer_watch, reaper, refreshes, segments, supervisor
-from orchestration.defs.jobs import refresh_index, train_segment
+from orchestration.defs.jobs import bootstrap, refresh_index, start_training, train_segment
+from orchestration.retraining import RETRAIN
 from realm_core.artifacts.store import Store
 
 _SECONDS = home_settings().refresh.sensor_seconds
@@ -97,12 +98,32 @@ def refresh_failure_sensor(context: dg.RunFailureSensorContext, store: dg.Resour
     key = run.tags.get("dagster/partition", "?")
     error, said = refreshes.failure(context.instance, run.run_id)
     why = said or context.failure_event.message or "its process died"
-    live = store.live()
+    live = pointer_watch.look(store).live
     facts: dict[str, Any] = {"run_id": run.run_id, "error": error, "live": live.index if live else None}
     journal.decide(store, key, None, "failed", why, **facts)
     metadata = {"failed": why, "run": run.run_id, "still_live": live.index if live else "nothing"}
     context.instance.report_runless_asset_event(dg.AssetObservation("mips_index", partition=key, metadata=metadata))
     return dg.SkipReason(f"{key}: {why}; {metadata['still_live']} stays live")
+
+
+@dg.run_failure_sensor(
+    monitored_jobs=[bootstrap, start_training, train_segment],
+    minimum_interval_seconds=_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+)
+def training_failure_sensor(context: dg.RunFailureSensorContext, store: dg.ResourceParam[Store]) -> dg.SkipReason:
+    """Tell somebody that the inputs of a training run, its start, or a segment of it failed, unless it is tried again."""
+    run = context.dagster_run
+    if refreshes.goes_on(run):
+        return dg.SkipReason(f"{run.job_name}: run {run.run_id} is tried again")
+    error, said = refreshes.failure(context.instance, run.run_id)
+    why = said or context.failure_event.message or "its process died"
+    about = run.tags.get("dagster/partition") or run.tags.get(RETRAIN) or run.job_name
+    message = f"{run.job_name} for {about} failed: {why}"
+    journal.alert(store, "training", about, message, run_id=run.run_id, error=error)
+    event = dg.AssetObservation("realm_checkpoint", description=message, metadata={"failed": why, "run": run.run_id})
+    context.instance.report_runless_asset_event(event)
+    return dg.SkipReason(message)
 
 
 def _training_event(finding: supervisor.Finding) -> dg.AssetObservation:
@@ -115,4 +136,11 @@ def _training_event(finding: supervisor.Finding) -> dg.AssetObservation:
     return dg.AssetObservation("realm_checkpoint", description=finding.message, metadata=metadata)
 
 
-ALL = [trainer_health_sensor, segment_sensor, dead_run_sensor, pointer_sensor, refresh_failure_sensor]
+ALL = [
+    trainer_health_sensor,
+    segment_sensor,
+    dead_run_sensor,
+    pointer_sensor,
+    refresh_failure_sensor,
+    training_failure_sensor,
+]

@@ -30,7 +30,7 @@ def first(store: Store) -> Path:
 
 def of_run(store: Store, run: str) -> Path:
     """Where a training run draws its masked queries from: the corpus it began with, however much that has grown since."""
-    begun = [key for key in store.names("checkpoints") if checkpoint_of(key).rpartition("-s")[0] == run]
+    begun = [key for key in store.keys("checkpoints") if checkpoint_of(key).rpartition("-s")[0] == run]
     found = store.find(store.manifest("checkpoints", begun[-1]).parents["corpus"]) if begun else None
     return found or store.pretraining_corpus()
 
@@ -54,7 +54,7 @@ def version_over(store: Store, checkpoint: str, corpus: Path) -> str:
 def snapshots_beside(store: Store, version: str, only: str | None = None) -> list[tuple[Path, Path]]:
     """(snapshot, corpus) of the other versions of the same checkpoint, newest corpus first: their vectors may serve again."""
     found = []
-    for name in [only] if only else store.names("snapshots"):
+    for name in [only] if only else store.keys("snapshots"):
         folder = store.path("snapshots", name)
         if name == version or checkpoint_of(name) != checkpoint_of(version) or (folder / PRUNED).exists():
             continue

@@ -16,7 +16,7 @@ def status_of(store: Store) -> dict[str, Any]:
     names = store.names("corpus")
     manifests = {name: store.manifest("corpus", name) for name in names}
     indexes: dict[str, list[str]] = {}
-    for index in store.names("indexes"):
+    for index in store.keys("indexes"):
         indexes.setdefault(store.manifest("indexes", index).parents["corpus"], []).append(index)
     versions = [_version(name, manifest, indexes.get(manifest.digest, [])) for name, manifest in manifests.items()]
     newest = store.newest("corpus").name

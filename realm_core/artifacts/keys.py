@@ -29,6 +29,16 @@ def require_run_name(run: str) -> str:
     return run
 
 
+def is_run_name(name: str) -> bool:
+    """Whether this can be the name of a training run."""
+    return _RUN.fullmatch(name) is not None
+
+
+def is_key(name: str) -> bool:
+    """Whether this is the name of a checkpoint, or of a version made from one."""
+    return _KEY.fullmatch(name) is not None
+
+
 def parse_key(key: str) -> tuple[str, int]:
     """(run, step) of a checkpoint, or of a version made from it. Raises ConfigError on anything else."""
     match = _match(key)

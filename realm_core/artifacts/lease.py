@@ -53,9 +53,15 @@ class Lease:
     """A file that is locked for as long as its holder lives and that says who the holder is."""
 
     def __init__(
-        self, path: Path, heartbeat_seconds: float = HEARTBEAT_SECONDS, stale_seconds: float = STALE_SECONDS
+        self,
+        path: Path,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        stale_seconds: float = STALE_SECONDS,
+        *,
+        makes_folder: bool = False,
     ) -> None:
         self.path, self.heartbeat_seconds, self.stale_seconds = path, heartbeat_seconds, stale_seconds
+        self.makes_folder = makes_folder  # when it is taken, not when somebody looks
         self.token_path = path.with_suffix(".token")
 
     def take(self, what: str, patience: float | int = 5.0) -> int:
@@ -64,6 +70,8 @@ class Lease:
         Waits a moment, because an onlooker may be looking just now. Raises BusyError naming the holder.
         """
         try:
+            if self.makes_folder:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise operator_error(error, self.path) from None

@@ -36,15 +36,19 @@ class Node:
 
 
 def locate(store: Store, wanted: str | None) -> tuple[str, str]:
-    """(kind, name) of a version: an index or checkpoint name, a digest or its beginning, or None for the live index."""
+    """(kind, name) of a version: an index or checkpoint name, KIND/NAME as lineage itself shows it, a digest or its
+    beginning, or None for the live index."""
     if wanted is None:
         return "indexes", store.require_live().index
+    kind, slash, name = wanted.partition("/")
+    if slash and kind in BY_CHECKPOINT + VERSIONED and name in store.names(kind):
+        return kind, name
     for kind in ("indexes", *BY_CHECKPOINT, *VERSIONED):
         if wanted in store.names(kind):
             return kind, wanted
     folder = store.find(wanted) if len(wanted) >= 6 else None
     if folder is None:
-        known = ", ".join(store.names("indexes")[-5:]) or "none yet"
+        known = ", ".join(store.keys("indexes")[-5:]) or "none yet"
         raise ArtifactError(f"{store.home}: no artifact named or digested {wanted!r}; newest indexes: {known}")
     return folder.parent.name, folder.name
 
@@ -127,8 +131,7 @@ def _short_digest(value: Any) -> str:
 
 
 def _by_digest(store: Store) -> dict[str, tuple[str, str]]:
-    return {
-        store.manifest(kind, name).digest: (kind, name)
-        for kind in VERSIONED + BY_CHECKPOINT
-        for name in store.names(kind)
-    }
+    places: dict[str, tuple[str, str]] = {}
+    for kind, name in store.everything():
+        places.setdefault(store.manifest(kind, name).digest, (kind, name))
+    return places

@@ -25,7 +25,7 @@ def collect(
     with store.pointer_lock():
         pins = pinned(store, grace_seconds=grace_seconds, now=time.time() if now is None else now)
         by_run: dict[str, list[str]] = defaultdict(list)
-        for name in sorted({name for kind in KINDS for name in store.names(kind)}):
+        for name in sorted({name for kind in KINDS for name in store.keys(kind)}):
             by_run[parse_key(name)[0]].append(name)
         old = [name for names in by_run.values() for name in names[:-keep] if _has_bytes(store, name)]
         dropped = [name for name in old if name not in pins]
@@ -37,7 +37,7 @@ def collect(
                     write_durably(folder / PRUNED, json.dumps({"pruned_at": time.time()}) + "\n")
     if not dry_run:  # all that is marked, what a crash left of an earlier attempt included
         for kind in KINDS:
-            for name in store.names(kind):
+            for name in store.keys(kind):
                 if (store.path(kind, name) / PRUNED).exists():
                     _drop_files(store.path(kind, name))
     return {"dropped": rows, "pinned": {name: pins[name] for name in old if name in pins}}
@@ -47,11 +47,11 @@ def pinned(store: Store, *, grace_seconds: float, now: float) -> dict[str, str]:
     """Index name -> why its bytes must stay, whatever its age."""
     pins: dict[str, str] = {}
     live = store.live()
-    for name in store.names("indexes"):
+    for name in store.keys("indexes"):
         run, _ = parse_key(name)
         if not any(parse_key(other)[0] == run for other in pins):
             pins[name] = "first of its run: the baseline without joint training"
-    for name in store.names("snapshots"):
+    for name in store.keys("snapshots"):
         if not store.has("verdicts", name) and not _overtaken(store, name):
             pins[name] = "its refresh is not done"
     for run in store.runs():
@@ -63,7 +63,7 @@ def pinned(store: Store, *, grace_seconds: float, now: float) -> dict[str, str]:
         if now - left < grace_seconds:
             pins[move.index] = "was live a moment ago"
     if live is not None:
-        before = store.live_before()
+        before = store.rollback_target()
         if before is not None:
             pins[before.index] = "was live before: the rollback"
         pins[live.index] = "live"

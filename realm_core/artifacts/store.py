@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,14 @@ from typing import Any
 
 from filelock import FileLock
 
-from realm_core.artifacts.keys import checkpoint_key, checkpoint_of, parse_key, require_run_name
+from realm_core.artifacts.keys import (
+    checkpoint_key,
+    checkpoint_of,
+    is_key,
+    is_run_name,
+    parse_key,
+    require_run_name,
+)
 from realm_core.artifacts.lease import Lease
 from realm_core.artifacts.manifest import MANIFEST, PRUNED, QUARANTINED, Manifest, Plan, read_manifest
 from realm_core.artifacts.publish import append_durably, operator_error, read_json_lines, write_durably
@@ -38,6 +45,7 @@ COLLAPSED = "collapsed.json"  # in the trainer folder of a run that collapsed
 VERSIONED = ("corpus", "pretrain_corpus", "questions", "ict", "sparse_readers")
 BY_CHECKPOINT = ("checkpoints", "snapshots", "indexes", "drifts", "verdicts", "evaluations", "readers", "results")
 _VERSION = re.compile(r"^v\d{4,}$")
+_DAMAGE = (ValueError, KeyError, TypeError)  # what reading a pointer raises that holds something else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +179,16 @@ class Store:
             return []
         return sorted(entry.name for entry in folder.iterdir() if entry.name[0] != "." and (entry / MANIFEST).is_file())
 
+    def keys(self, kind: str) -> list[str]:
+        """`names` that are keys of checkpoints: a copy that somebody laid beside them is none of ours."""
+        return [name for name in self.names(kind) if is_key(name)]
+
+    def foreign(self) -> list[str]:
+        """KIND/NAME of what lies among checkpoints, versions and trainers and is passed over for its name."""
+        kinds = [kind for kind in BY_CHECKPOINT if kind not in ("readers", "results")]
+        found = [f"{kind}/{name}" for kind in kinds for name in self.names(kind) if not is_key(name)]
+        return found + [f"trainer/{name}" for name in self._trainers() if not is_run_name(name)]
+
     def has(self, kind: str, name: str) -> bool:
         return (self.path(kind, name) / MANIFEST).is_file()
 
@@ -210,11 +228,15 @@ class Store:
 
     def find(self, digest: str) -> Path | None:
         """Folder of the artifact whose manifest digest starts with `digest`."""
-        for kind in VERSIONED + BY_CHECKPOINT:
-            for name in self.names(kind):
-                if self.manifest(kind, name).digest.startswith(digest):
-                    return self.path(kind, name)
+        for kind, name in self.everything():
+            if self.manifest(kind, name).digest.startswith(digest):
+                return self.path(kind, name)
         return None
+
+    def everything(self) -> Iterator[tuple[str, str]]:
+        """(kind, name) of every finished artifact; of a kind, what goes by a key comes before the copies of it."""
+        for kind in VERSIONED + BY_CHECKPOINT:
+            yield from ((kind, name) for name in sorted(self.names(kind), key=lambda name: (not is_key(name), name)))
 
     def parent(self, folder: Path, role: str) -> Path:
         """Folder of the artifact that `folder` was made from in this role. Raises ArtifactError if it is gone."""
@@ -228,7 +250,7 @@ class Store:
         """Keys of a run's checkpoints that can be gone on from, oldest first: weights are there and nobody warns of them."""
         return [
             key
-            for key in self.names("checkpoints")
+            for key in self.keys("checkpoints")
             if parse_key(key)[0] == run and not (self.is_pruned(key) or self.is_quarantined(key))
         ]
 
@@ -247,7 +269,7 @@ class Store:
 
     def collapse(self, run: str) -> str | None:
         """Why a run ended for good: its retriever collapsed; None while it may go on or has reached its end."""
-        aside = [key for key in self.names("checkpoints") if parse_key(key)[0] == run and self.is_quarantined(key)]
+        aside = [key for key in self.keys("checkpoints") if parse_key(key)[0] == run and self.is_quarantined(key)]
         marks = [self.trainer(run) / COLLAPSED, *(self.path("checkpoints", key) / QUARANTINED for key in aside)]
         for mark in marks:  # the first is absent where an earlier version set checkpoints aside
             with suppress(FileNotFoundError):
@@ -263,39 +285,76 @@ class Store:
 
     def runs(self) -> list[str]:
         """Training runs that have left a checkpoint or a trainer folder."""
+        folders = {name for name in self._trainers() if is_run_name(name)}
+        return sorted(folders | {parse_key(key)[0] for key in self.keys("checkpoints")})
+
+    def _trainers(self) -> list[str]:
         started = self.home / "trainer"
-        folders = {entry.name for entry in started.iterdir()} if started.is_dir() else set()
-        return sorted(folders | {parse_key(key)[0] for key in self.names("checkpoints")})
+        return sorted(entry.name for entry in started.iterdir() if entry.is_dir()) if started.is_dir() else []
 
     def trainer(self, run: str) -> Path:
         return self.home / "trainer" / require_run_name(run)
 
     def training_lease(self, run: str) -> Lease:
-        """The one lease of a training run, whoever trains it: the detached trainer, a segment, or a command."""
-        settings, folder = self.config().supervise, self.trainer(run)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise operator_error(error, folder) from None
-        return Lease(folder / "lease.json", settings.heartbeat_seconds, settings.stale_seconds)
+        """The one lease of a training run, whoever trains it: the detached trainer, a segment, or a command.
+
+        Looking at it makes no folder; taking it does.
+        """
+        settings = self.config().supervise
+        path = self.trainer(run) / "lease.json"
+        return Lease(path, settings.heartbeat_seconds, settings.stale_seconds, makes_folder=True)
+
+    def require_run(self, run: str) -> None:
+        """Raise ConfigError unless this training run has begun here."""
+        if require_run_name(run) not in (known := self.runs()):
+            raise ConfigError(f"{self.home}: no training run {run}; there is {', '.join(known) or 'none yet'}")
 
     # --- the pointer ---------------------------------------------------------------------------------------------
 
     def live(self) -> Live | None:
         """The live index version, or None before the first promotion."""
+        try:
+            return self._read_live()
+        except _DAMAGE:
+            raise ArtifactError(
+                f"{self.home / 'live.json'}: damaged; put the last line of live.history.jsonl in its place, "
+                "as the next realm promote or realm rollback does"
+            ) from None
+
+    def _read_live(self) -> Live | None:
+        """`live`, with the errors of reading where the file holds something else than a pointer."""
         path = self.home / "live.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            found = values["schema"]
-            if found == SCHEMA:
-                return Live(**values)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise ArtifactError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from None
-        except (ValueError, KeyError, TypeError):
-            raise ArtifactError(f"{path}: damaged; put the last line of live.history.jsonl in its place") from None
-        raise ArtifactError(f"{path}: schema {found}, this code reads {SCHEMA}; use the version that wrote it")
+        if values["schema"] != SCHEMA:
+            raise ArtifactError(
+                f"{path}: schema {values['schema']}, this code reads {SCHEMA}; use the version that wrote it"
+            )
+        return _live_of(values)
+
+    def mend_live(self) -> str | None:
+        """Put the last line of the history in the place of a `live.json` that is damaged, which is kept beside it.
+
+        Says what was done; None if there was nothing to mend. The caller holds `pointer_lock`.
+        """
+        try:
+            self._read_live()
+            return None
+        except _DAMAGE:
+            pass
+        path, last = self.home / "live.json", self.live_history()[-1:]
+        try:
+            os.replace(path, path.with_name("live.json.damaged"))
+        except OSError as error:
+            raise operator_error(error, path) from None
+        if not last:
+            return f"{path}: was damaged, and no history tells what was live; it is live.json.damaged now"
+        write_durably(path, json.dumps(asdict(last[0]), indent=1) + "\n")
+        return f"{path}: was damaged; {last[0].index} of the last line of live.history.jsonl took its place"
 
     def require_live(self) -> Live:
         live = self.live()
@@ -306,6 +365,7 @@ class Store:
     def move_live(self, index: str, index_digest: str, checkpoint_digest: str, reason: str, run_id: str | None) -> Live:
         """Move the pointer: history first, then one atomic replace. Only the promotion stage calls this."""
         with self.pointer_lock():
+            self.mend_live()
             history = self.live_history()[-1:]  # a crash may have left a last line that live.json never showed
             before = [live.generation for live in (self.live(), *history) if live is not None]
             live = Live(
@@ -323,22 +383,33 @@ class Store:
 
     def live_history(self) -> list[Live]:
         """Every move of the pointer, oldest first."""
-        rows = read_json_lines(self.home / "live.history.jsonl")
-        return [Live(**row) for row in rows if row.get("schema") == SCHEMA]
+        moves = []
+        for row in read_json_lines(self.home / "live.history.jsonl"):
+            with suppress(*_DAMAGE):  # a line that somebody else wrote there
+                if row.get("schema") == SCHEMA:
+                    moves.append(_live_of(row))
+        return moves
 
-    def live_before(self, index: str | None = None) -> Live | None:
-        """What a rollback goes back to: the version that was live before the live one; with `index`, before that one,
-        which is the live one as long as it has not gone live itself."""
-        live = self.live()
-        if live is None or (index is not None and index != live.index and not self._was_live(index)):
+    def live_before(self, index: str) -> Live | None:
+        """The version that was live before `index`, which is the live one as long as `index` has not gone live itself."""
+        live, moves = self.live(), self.live_history()
+        if live is None or (index != live.index and not any(move.index == index for move in moves)):
             return live
-        name = index or live.index
-        moves = self.live_history()
-        last = max((place for place, move in enumerate(moves) if move.index == name), default=len(moves))
-        return next((move for move in reversed(moves[:last]) if move.index != name), None)
+        last = max((place for place, move in enumerate(moves) if move.index == index), default=len(moves))
+        return next((move for move in reversed(moves[:last]) if move.index != index), None)
 
-    def _was_live(self, index: str) -> bool:
-        return any(move.index == index for move in self.live_history())
+    def rollback_target(self) -> Live | None:
+        """What a rollback goes back to: the version that was live before and that nobody went back from since.
+
+        Of a pointer that somebody edited this is what the last promotion made live.
+        """
+        live, moves = self.live(), self.live_history()
+        if live is None:
+            return None
+        if live in moves[-2:-1]:  # a crash came between the last line and the pointer: it never went live
+            moves = moves[:-1]
+        standing = [move for move in _standing(moves) if move.index != live.index]
+        return standing[-1] if standing else None
 
     @contextmanager
     def pointer_lock(self) -> Iterator[None]:
@@ -358,10 +429,14 @@ class Store:
         """Drop the bytes of old checkpoints but keep their manifests, so that lineage stays walkable.
 
         Spared are the newest `keep`, those in `spare`, what the live index and the one before it were built from, what an
-        index or a reader that is still there was made from, and what is being refreshed.
+        index or a reader that is still there was made from, and what is being refreshed. Nothing goes while the pointer
+        cannot be read: nobody knows then what it needs.
         """
-        live = self.live()
-        pinned = {move.index for move in (live, self.live_before()) if move}
+        try:
+            live, before = self.live(), self.rollback_target()
+        except ArtifactError:
+            return []
+        pinned = {move.index for move in (live, before) if move}
         spared = {checkpoint_of(name) for name in spare | pinned | self._still_opened()}
         dropped = []
         for key in self.checkpoints(run)[:-keep]:
@@ -371,7 +446,7 @@ class Store:
             mark = self.path("checkpoints", key) / PRUNED
             write_durably(mark, json.dumps({"pruned_at": time.time()}) + "\n")
             dropped.append(key)
-        for key in self.names("checkpoints"):  # those marked just now, and what a crash left of earlier ones
+        for key in self.keys("checkpoints"):  # those marked just now, and what a crash left of earlier ones
             folder = self.path("checkpoints", key)
             if parse_key(key)[0] == run and (folder / PRUNED).exists():
                 _drop_files(folder)
@@ -381,7 +456,7 @@ class Store:
         """Indexes and readers with bytes: an index is asked with the query tower of its checkpoint, and a reader that was
         tuned on it with the rest of that retriever."""
         kinds = ("indexes", "readers")
-        return {name for kind in kinds for name in self.names(kind) if not (self.path(kind, name) / PRUNED).exists()}
+        return {name for kind in kinds for name in self.keys(kind) if not (self.path(kind, name) / PRUNED).exists()}
 
     def _being_refreshed(self, key: str, live: Live | None) -> bool:
         """Whether an index of this checkpoint may still go live: it must then be asked with this query tower.
@@ -400,6 +475,38 @@ class Store:
             if run == live_run and step <= live_step:
                 return False
         return not self.has("verdicts", name) or bool(self.manifest("verdicts", name).facts["passed"])
+
+
+def _live_of(values: Mapping[str, Any]) -> Live:
+    """Raises one of _DAMAGE unless these are the values of a pointer."""
+    live = Live(**values)
+    if not all(isinstance(text, str) for text in (live.index, live.index_digest, live.checkpoint_digest)):
+        raise TypeError("names and digests are text")
+    return live
+
+
+def _standing(moves: Sequence[Live]) -> list[Live]:
+    """The moves that were not taken back: going back to a version takes back all that went live after it, and going back
+    to an earlier step that was not live takes back the later steps of its run."""
+    standing: list[Live] = []
+    for move in moves:
+        names = [each.index for each in standing]
+        if move.index in names:
+            standing = standing[: names.index(move.index)]
+        else:
+            while standing and _is_later(standing[-1].index, move.index):
+                standing.pop()
+        standing.append(move)
+    return standing
+
+
+def _is_later(name: str, other: str) -> bool:
+    """Whether one version is of a later step of the same run as another."""
+    try:
+        (run, step), (other_run, other_step) = parse_key(name), parse_key(other)
+    except ConfigError:
+        return False
+    return run == other_run and step > other_step
 
 
 def _drop_files(folder: Path) -> None:

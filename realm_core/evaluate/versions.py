@@ -19,7 +19,7 @@ METRICS = ("recall_vs_exact", "recall_at_5", "exact_match", "null_probability", 
 
 def listing(store: Store) -> list[dict[str, Any]]:
     """Every index version of a home, by training run and step."""
-    return [describe(store, name) for name in store.names("indexes")]
+    return [describe(store, name) for name in store.keys("indexes")]
 
 
 def describe(store: Store, name: str) -> dict[str, Any]:

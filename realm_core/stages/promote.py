@@ -1,5 +1,6 @@
 """Stage `promote`: the gate. The pointer moves only to an index version that has earned it, whoever asks."""
 
+import sys
 from pathlib import Path
 
 from realm_core.artifacts import corpora
@@ -9,8 +10,9 @@ from realm_core.artifacts.publish import provenance
 from realm_core.artifacts.store import Live, Store, parse_key
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
-from realm_core.errors import ArtifactError, GateError
+from realm_core.errors import ArtifactError, ConfigError, GateError
 from realm_core.model.bundle import EMBEDDER
+from realm_core.stages.metric_policy import require_no_worse
 from realm_core.stages.qualify import SECTIONS as VERDICT_SECTIONS
 from realm_core.stages.qualify import require_complete
 
@@ -24,7 +26,8 @@ def run(
     allow_older: bool = False,
     allow_drop: bool = False,
 ) -> Live:
-    """Verify again and move `live.json`. Promoting what is live already changes nothing.
+    """Verify again and move `live.json`. Promoting what is live already changes nothing, as long as the history says so too:
+    a pointer that somebody edited is moved, and one that is damaged is first mended from the history, in a warning.
 
     `allow_older` is a rollback to an earlier step or corpus, though never to one that holds documents removed since;
     `allow_drop` does not ask the metrics: a document may have to go whatever that costs.
@@ -34,26 +37,46 @@ def run(
     live before is not compared with the live one, whose metrics may be just what is wrong.
     """
     _require_known(store, name)
+    require_reason(reason)
     with store.pointer_lock():  # retention marks what it drops under the same lock: what is verified here stays
         index = open_artifact(store.path("indexes", name), "index")
-        live = store.live()
-        if live is not None and live.index_digest == index.digest:
+        if mended := store.mend_live():
+            print(f"warning: {mended}", file=sys.stderr, flush=True)
+        live, last = store.live(), store.live_history()[-1:]
+        if live is not None and [live] == last and (live.index, live.index_digest) == (name, index.digest):
             return live
+        live = _to_compare_with(store, live, last)
         _require_verdict(config, store, name, index)
         checkpoint = _require_query_tower(store, name)
         _require_complete(store, name)
         if live is not None:
-            _require_newer(store, name, live, allow_older)
+            _require_newer(name, live, allow_older)
+            for before in {move.index: move for move in (*last, live)}.values():
+                _require_nothing_brought_back(store, name, before)
             _require_corpus(store, name, live, allow_older)
             stood_the_test = allow_older and index.digest in {move.index_digest for move in store.live_history()}
             if not (allow_drop or stood_the_test):
-                _require_no_worse(config, store, name, live)
+                require_no_worse(config, store, name, live.index)
         return store.move_live(name, index.digest, checkpoint.digest, reason, provenance().get("dagster_run_id"))
+
+
+def require_reason(reason: str) -> None:
+    """Raise ConfigError for an empty one: the history is read by people who were not there."""
+    if not reason.strip():
+        raise ConfigError("--reason is empty; say why, in a few words that stay in live.history.jsonl")
+
+
+def _to_compare_with(store: Store, live: Live | None, last: list[Live]) -> Live | None:
+    """What is live, or what the last promotion left where somebody has the pointer name an index that is not there."""
+    known = store.names("indexes")
+    if live is not None and live.index in known and store.manifest("indexes", live.index).digest == live.index_digest:
+        return live
+    return last[0] if last and last[0].index in known else None
 
 
 def _require_known(store: Store, name: str) -> None:
     if not store.has("indexes", name):
-        known = ", ".join(store.names("indexes")[-5:]) or "none yet"
+        known = ", ".join(store.keys("indexes")[-5:]) or "none yet"
         raise ArtifactError(
             f"{store.path('indexes', name)}: no manifest.json, so no such index version; newest versions: {known}"
         )
@@ -92,7 +115,7 @@ def _require_query_tower(store: Store, name: str) -> Manifest:
     return checkpoint
 
 
-def _require_newer(store: Store, name: str, live: Live, allow_older: bool) -> None:
+def _require_newer(name: str, live: Live, allow_older: bool) -> None:
     run, step = parse_key(name)
     live_run, live_step = parse_key(live.index)
     if run == live_run and step < live_step and not allow_older:
@@ -101,35 +124,29 @@ def _require_newer(store: Store, name: str, live: Live, allow_older: bool) -> No
         )
 
 
-def _require_corpus(store: Store, name: str, live: Live, allow_older: bool) -> None:
-    """A refresh that began before documents were removed must not bring them back, and no rollback may."""
-    mine, theirs = (store.parent(store.path("indexes", version), "corpus") for version in (name, live.index))
-    removed = corpora.removed_between(store, mine, theirs)
-    if removed:
+def _require_nothing_brought_back(store: Store, name: str, live: Live) -> None:
+    """A refresh that began before documents were removed must not bring them back, and neither may a rollback nor a pointer
+    that was edited: what the last promotion left counts beside what is live."""
+    if live.index not in store.names("indexes"):
+        return
+    mine, theirs = _corpora(store, name, live)
+    if removed := corpora.removed_between(store, mine, theirs):
         raise GateError(
             f"{name}: its corpus {mine.name} still holds {removed} of the documents removed since; "
             f"realm corpus refresh --checkpoint {checkpoint_of(name)} makes its index over {theirs.name}"
         )
-    if mine != theirs and not allow_older and (removed is not None or corpora.number(mine) < corpora.number(theirs)):
+
+
+def _corpora(store: Store, name: str, live: Live) -> tuple[Path, Path]:
+    mine, theirs = (store.parent(store.path("indexes", version), "corpus") for version in (name, live.index))
+    return mine, theirs
+
+
+def _require_corpus(store: Store, name: str, live: Live, allow_older: bool) -> None:
+    mine, theirs = _corpora(store, name, live)
+    descends = corpora.removed_between(store, mine, theirs) is not None
+    if mine != theirs and not allow_older and (descends or corpora.number(mine) < corpora.number(theirs)):
         raise GateError(
             f"{name}: over corpus {mine.name}, older than {theirs.name} of the live {live.index}; "
             f"to roll back, realm rollback --to {name} --reason …"
         )
-
-
-def _require_no_worse(config: Config, store: Store, name: str, live: Live) -> None:
-    for metric, tolerance in (
-        ("recall_at_5", config.gate.max_recall_drop),
-        ("exact_match", config.gate.max_em_drop),
-    ):
-        if tolerance is None:
-            continue
-        new, old = (_metric(store.path("evaluations", key), metric) for key in (name, live.index))
-        if new is None or old is None:
-            raise GateError(f"{name}: {metric} of it or of the live index is missing; evaluate both first")
-        if new < old - tolerance:
-            raise GateError(f"{name}: {metric} {new:.3f} against {old:.3f} of the live {live.index}; it stays live")
-
-
-def _metric(folder: Path, metric: str) -> float | None:
-    return read_manifest(folder).facts["metrics"].get(metric) if folder.is_dir() else None

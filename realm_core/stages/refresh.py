@@ -101,4 +101,4 @@ def is_over_newest_corpus(store: Store) -> bool:
 
 
 def _newest(store: Store) -> list[str]:
-    return store.names("checkpoints")[-5:]
+    return store.keys("checkpoints")[-5:]

@@ -18,7 +18,7 @@ from typing import Any
 from realm_core.artifacts.keys import checkpoint_of
 from realm_core.artifacts.publish import append_durably, read_json_lines
 from realm_core.artifacts.store import Live, Store
-from realm_core.errors import RealmError
+from realm_core.errors import ArtifactError, RealmError
 from realm_core.index.version import IndexVersion, open_version
 from realm_core.model.device import Device
 from realm_core.model.world import World
@@ -39,7 +39,8 @@ class IndexFollower:
         self._swaps = world.lead(lambda: read_json_lines(folder / SWAPS))
         self._replay_until = 0  # steps below it were run before and follow the recorded swaps
         self._loading: _Loading | None = None
-        self._refused: set[str] = set()
+        self._refused: set[tuple[str, str]] = set()  # name and digest: a pointer mended later is looked at anew
+        self._told: str | None = None  # what was said of a pointer that cannot be read
 
     def resume(self, step: int, replay_until: int) -> None:
         """Start at `step`, with the index that served last; steps below `replay_until` ran before a crash and use the
@@ -60,7 +61,7 @@ class IndexFollower:
         deadline = time.monotonic() + seconds
 
         def look() -> str:
-            if self.store.live() is not None:
+            if self.current is not None or self.store.live() is not None:
                 return "live"
             if should_stop():
                 return "stop"
@@ -95,29 +96,37 @@ class IndexFollower:
         if told is not None:
             live = Live(**told)
             if self.current is None:
-                self._swap(step, self.world.together(lambda: self._open(live.index)))
+                self._swap(step, self.world.together(lambda: self._open_live(live)))
             else:
-                self._loading = _Loading(live, lambda: self._open(live.index))
+                self._loading = _Loading(live, lambda: self._open_live(live))
         if self._loading is not None and self.world.every(self._loading.done()):
             loading, self._loading = self._loading, None
             problems = self.world.exchange(None if loading.version is not None else str(loading.error))
             if loading.version is not None and problems == [None] * self.world.size:
                 self._swap(step, loading.version)
             else:
-                self._refused.add(loading.live.index_digest)
+                self._refused.add((loading.live.index, loading.live.index_digest))
                 why = "; ".join(f"{self._whose(rank)}{text}" for rank, text in enumerate(problems) if text is not None)
                 self.warn(f"step {step}: index {loading.live.index} refused, the old one stays: {why}")
 
     def _news(self) -> dict[str, Any] | None:
-        """The live index if it is one to open now."""
-        live = self.store.live()
+        """The live index if it is one to open now. A pointer that cannot be read is told once; the old index stays."""
+        try:
+            live, self._told = self.store.live(), None
+        except RealmError as problem:
+            if self.current is None:
+                raise
+            if self._told != str(problem):
+                self._told = str(problem)
+                self.warn(f"index {self.current.name} stays: {problem}")
+            return None
         return asdict(live) if live is not None and self._loading is None and self._is_new(live) else None
 
     def _whose(self, rank: int) -> str:
         return f"{World(rank, self.world.size)}: " if self.world.size > 1 else ""
 
     def _is_new(self, live: Live) -> bool:
-        return live.index_digest not in self._refused and (
+        return (live.index, live.index_digest) not in self._refused and (
             self.current is None or live.index_digest != self.current.digest
         )
 
@@ -130,6 +139,16 @@ class IndexFollower:
     def _recorded(self, step: int) -> str | None:
         names = [swap["index"] for swap in self._swaps if swap["step"] <= step]
         return names[-1] if names else None
+
+    def _open_live(self, live: Live) -> IndexVersion:
+        """Raises ArtifactError before anything is read if the pointer says another digest than the index has."""
+        digest = self.store.manifest("indexes", live.index).digest
+        if digest != live.index_digest:
+            raise ArtifactError(
+                f"{self.store.home / 'live.json'}: says {live.index} has digest {live.index_digest[:12]}, it has "
+                f"{digest[:12]}: somebody edited it; realm promote {live.index} mends it"
+            )
+        return self._open(live.index)
 
     def _open(self, name: str) -> IndexVersion:
         index = self.store.path("indexes", name)

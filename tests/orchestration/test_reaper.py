@@ -14,6 +14,9 @@ from dagster._core.events import EngineEventData
 
 from orchestration import reaper
 from orchestration.defs.watch import dead_run_sensor
+from orchestration.resources.store import HOST, store_resource
+from realm_core.artifacts.lease import HERE
+from realm_core.artifacts.store import Store
 
 
 @pytest.fixture
@@ -22,9 +25,10 @@ def instance() -> Iterator[dg.DagsterInstance]:
         yield made
 
 
-def started_run(instance: dg.DagsterInstance, process: int | None) -> str:
-    """A run that Dagster believes to be under way since now, in this process."""
-    run = dg.DagsterRun(job_name="refresh_index", run_id=str(uuid.uuid4()))
+def started_run(instance: dg.DagsterInstance, process: int | None, host: str | None = HERE) -> str:
+    """A run that Dagster believes to be under way since now, in this process of this machine."""
+    tags = {HOST: host} if host else {}
+    run = dg.DagsterRun(job_name="refresh_index", run_id=str(uuid.uuid4()), tags=tags)
     instance.add_run(run)
     start = dg.DagsterEvent(event_type_value="PIPELINE_START", job_name=run.job_name)
     instance.report_dagster_event(start, run.run_id)
@@ -83,3 +87,30 @@ def test_the_sensor_names_what_it_buried(instance: dg.DagsterInstance) -> None:
     reason = dead_run_sensor(dg.build_sensor_context(instance=instance))
     assert isinstance(reason, dg.SkipReason)
     assert run_id in reason.skip_message
+
+
+def test_a_run_of_another_machine_is_left_to_the_daemon_there(instance: dg.DagsterInstance) -> None:
+    run_id = started_run(instance, dead_process(), host="elsewhere")
+    assert reaper.reap(instance, now=time.time() + 3600) == []
+    assert status(instance, run_id) == DagsterRunStatus.STARTED
+
+
+def test_a_run_that_never_said_on_which_machine_it_is_is_given_a_moment(instance: dg.DagsterInstance) -> None:
+    run_id = started_run(instance, dead_process(), host=None)
+    assert reaper.reap(instance) == []
+    assert reaper.reap(instance, now=time.time() + 60) == [run_id]
+
+
+def test_every_run_that_opens_the_home_notes_its_machine(instance: dg.DagsterInstance, empty_store: Store) -> None:
+    seen = []
+
+    @dg.op(required_resource_keys={"store"})
+    def look(context: dg.OpExecutionContext) -> None:
+        seen.append(context.instance.get_run_by_id(context.run_id).tags[HOST])
+
+    @dg.job(resource_defs={"store": store_resource.configured({"home": str(empty_store.home)})})
+    def any_job() -> None:
+        look()
+
+    assert any_job.execute_in_process(instance=instance).success
+    assert seen == [HERE]

@@ -88,7 +88,16 @@ def test_a_rollback_moves_pointer_alias_and_dagsters_record_together(tracked: St
     assert aliases(tracker) == {"champion": FIRST}
     assert recorded(tracked) == [FIRST, LATER]
     assert [move.index for move in tracked.live_history()] == [FIRST, LATER, FIRST]
-    assert pointer.rollback(tracked.home, None, "no, they did not")[0].index == LATER  # back and forth
+    with pytest.raises(GateError, match=f"all that was live before {FIRST} was gone back from; name another one"):
+        pointer.rollback(tracked.home, None, "worse still")  # the bad one is not gone back to
+    assert pointer.promote(tracked.home, LATER, "no, they did not")[0].index == LATER
+
+
+def test_a_rollback_mends_a_damaged_pointer_first(tracked: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    pointer.gate.run(tracked.config(), store=tracked, name=LATER)
+    (tracked.home / "live.json").write_text("garbage")
+    assert pointer.rollback(tracked.home, None, "back")[0].index == FIRST
+    assert "was damaged; r1-s0000004 of the last line" in capsys.readouterr().err
 
 
 def test_a_rollback_without_anything_to_go_back_to_says_so(tracked: Store) -> None:

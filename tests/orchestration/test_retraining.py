@@ -3,6 +3,8 @@
 import datetime
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,10 +14,12 @@ import pytest
 from orchestration import retraining
 from orchestration.defs import schedules
 from orchestration.defs.jobs import bootstrap
+from realm_core.artifacts import corpora
 from realm_core.artifacts.store import Store
 from realm_core.config import Config
+from realm_core.errors import DataError
 from realm_core.ports import NullSink
-from realm_core.stages import CODE, corpus
+from realm_core.stages import CODE, corpus, grow
 
 
 @pytest.fixture
@@ -87,8 +91,8 @@ def test_without_a_first_run_there_is_nothing_to_repeat(empty_store: Store, inst
 
 def test_names_somebody_chose_and_runs_that_never_began_do_not_confuse_the_count(store: Store) -> None:
     add_a_document(store)
-    for name in ("r7", "ablation"):
-        store.trainer(name).mkdir(parents=True)
+    for name in ("r7", "ablation", "r8.old"):
+        (store.home / "trainer" / name).mkdir(parents=True)
     assert retraining.due(store).run == "r8"  # r7 is taken, and r1 the last that began
 
 
@@ -118,3 +122,38 @@ def test_the_trainer_starts_when_the_inputs_are_there_and_only_then(
 def test_the_schedule_is_off_unless_a_cron_is_set() -> None:
     assert Config().retrain.cron is None
     assert schedules.retrain_schedule.default_status == dg.DefaultScheduleStatus.STOPPED
+
+
+def test_an_expression_that_never_comes_stops_the_schedule_and_nothing_else(
+    empty_store: Store,
+) -> None:
+    values = empty_store.settings()
+    values["config"]["retrain"]["cron"] = "99 99 * * *"
+    empty_store.write_settings(values)
+    code = """
+from orchestration.definitions import defs
+schedule = defs.get_schedule_def("retrain_schedule")
+print(schedule.default_status.value, schedule.description, len(defs.get_repository_def().sensor_defs) > 3)
+"""
+    environment = {**os.environ, "REALM_HOME": str(empty_store.home)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("STOPPED Off: retrain.cron: minute '99': expected") and "True" in done.stdout
+
+
+def test_a_grown_corpus_whose_source_changed_is_told_what_to_do_and_starts_no_run_that_fails(
+    store: Store, instance: dg.DagsterInstance
+) -> None:
+    with corpora.growing(store):
+        grow.apply(store.config(), store=store, change=grow.Remove(ids=[a_document(store)]), sink=NullSink())
+    assert retraining.due(store) == retraining.Due("r2", "since r1: corpus v0002 is new")
+    add_a_document(store)
+    said = tick(store, instance).skip_message
+    assert said.startswith("since r1: grown.jsonl changed, corpus v0002 is new; but ")
+    assert "changed since" in said and said.endswith("restore it and bring the change with realm corpus add")
+    with pytest.raises(DataError):  # what the job would have met
+        corpus.of_home(store.config(), store=store, sink=NullSink())
+
+
+def a_document(store: Store) -> str:
+    return str(json.loads(store.source("corpus").read_text("utf-8").splitlines()[3])["id"])

@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from orchestration import journal, status, supervisor, trainer
+from orchestration import cli, journal, status, supervisor, trainer
 from orchestration.defs import watch
 from realm_core.artifacts.lease import HERE
 from realm_core.artifacts.store import Store
@@ -191,3 +191,35 @@ def test_the_status_tells_who_trains_since_when_and_what_went_wrong(wanted: Stor
     assert f"process     {os.getpid()} on {HERE}, heartbeat 0 s ago" in text
     assert "token       1, restarts since the last checkpoint 0" in text
     json.dumps(found)
+
+
+def test_a_foreign_folder_does_not_stop_supervision_and_is_named(wanted: Store) -> None:
+    (wanted.home / "trainer" / "r1.old").mkdir()
+    shutil.copytree(wanted.path("checkpoints", "r1-s0000000"), wanted.home / "checkpoints" / "r1-s0000000.backup")
+    trainer.stop(wanted.home, "r1")
+    said = watch.trainer_health_sensor(dg.build_sensor_context(resources={"store": wanted}))
+    assert isinstance(said, dg.SkipReason) and said.skip_message.startswith("r1 ")
+    found = status.of(wanted, "r1")
+    assert found["checkpoints"] == ["r1-s0000000"]
+    assert "passed over checkpoints/r1-s0000000.backup, trainer/r1.old" in status.text(found)
+
+
+@pytest.mark.parametrize("command", ["status", "stop"])
+def test_to_ask_about_a_run_that_never_began_is_an_error_and_leaves_nothing(
+    wanted: Store, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["realm", "train", command, "--run", "r9", "--home", str(wanted.home)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {wanted.home}: no training run r9; there is r1\n"
+    assert wanted.runs() == ["r1"]
+
+
+def test_looking_at_a_run_writes_nothing(empty_store: Store) -> None:
+    key = worlds.pretend_checkpoint(empty_store, "r1", 0)
+    assert status.of(empty_store, "r1")["checkpoints"] == [key]
+    assert supervisor.look(empty_store, "r1").state == "unwanted"
+    assert not (empty_store.home / "trainer").exists()
+    with empty_store.training_lease("r1").hold("a trainer of r1"):
+        assert empty_store.trainer("r1").is_dir()

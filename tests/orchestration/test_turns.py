@@ -307,3 +307,30 @@ def test_by_drift_an_estimate_that_fails_does_not_keep_the_index_old(drifting: D
     end_all(drifting, FAILURE)
     assert asked_for(drifting.tick()) == [("refresh_index", key)]
     assert "could not be estimated" in journal.decisions(drifting.store)[-1]["reason"]
+
+
+# --- checkpoints that are set aside ------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_is_set_aside_does_not_hide_the_good_one_before_it(daemon: Daemon) -> None:
+    keys = [checkpoint(daemon, step) for step in (4, 8, 12)]
+    for key in keys[1:]:
+        daemon.store.quarantine(key, "collapsed")
+    assert requested(daemon.tick()) == keys[:1]
+    daemon.finish()
+    assert "r1-s0000012: it is set aside; r1-s0000004: done" in reason(daemon.tick())
+
+
+@pytest.mark.parametrize("live", [4, 8])
+def test_a_good_checkpoint_that_could_not_go_live_any_more_is_not_refreshed(daemon: Daemon, live: int) -> None:
+    keys = [checkpoint(daemon, step) for step in (0, 4, 8)]
+    make_live(daemon.store, checkpoint_key("r1", live))
+    daemon.store.quarantine(keys[-1], "collapsed")
+    assert requested(daemon.tick()) == []
+    assert "it is set aside" in reason(daemon.tick())
+
+
+def test_a_run_of_which_everything_is_set_aside_says_so(daemon: Daemon) -> None:
+    daemon.store.quarantine(checkpoint(daemon, 0), "collapsed")
+    assert requested(daemon.tick()) == []
+    assert "it is set aside" in reason(daemon.tick())

@@ -9,7 +9,7 @@ import pytest
 
 from assets.checkpoint import LIVE_POINTER
 from orchestration import journal
-from orchestration.defs import watch
+from orchestration.defs import growth, sensors, watch
 from orchestration.defs.jobs import refresh_index
 from realm_core.artifacts.publish import append_durably
 from realm_core.artifacts.store import Store
@@ -154,3 +154,71 @@ def test_a_failed_refresh_is_recorded_with_its_reason_and_what_stays_live(
     (record,) = instance.fetch_observations(dg.AssetKey("mips_index"), limit=5).records
     assert record.partition_key == "r1-s0000008"
     assert record.asset_observation.metadata["still_live"].value == "r1-s0000004"
+
+
+@pytest.mark.parametrize("content", ["garbage", '{"schema": 1}', "an index that is gone"])
+def test_sensors_say_why_they_do_nothing_when_the_pointer_cannot_be_read(
+    live: Store, instance: dg.DagsterInstance, content: str
+) -> None:
+    worlds.pretend_checkpoint(live, "r1", 8)
+    worlds.write_manifest(live.path("corpus", "v0001"), corpus_values())
+    if content == "an index that is gone":
+        edit(live, index="r1-s0000099")
+    else:
+        (live.home / "live.json").write_text(content)
+    for sensor in (sensors.checkpoint_sensor, growth.growth_sensor):
+        said = sensor(dg.build_sensor_context(instance=instance, resources={"store": live}))
+        if sensor is growth.growth_sensor or content != "an index that is gone":
+            assert isinstance(said, dg.SkipReason)
+            assert "nothing is refreshed: " in said.skip_message and str(live.home) in said.skip_message
+
+
+def corpus_values() -> dict[str, Any]:
+    return {"stage": "corpus", "code": "1", "config_digest": "c", "parents": {}, "sources": {}, "files": {}}
+
+
+def failed_run(name: str, instance: dg.DagsterInstance, tags: dict[str, str]) -> Any:
+    """The context of the sensor after a job of this name has failed."""
+
+    @dg.job(name=name)
+    def job() -> None:
+        broken()
+
+    result = job.execute_in_process(instance=instance, raise_on_error=False, tags=tags)
+    return dg.build_run_status_sensor_context(
+        sensor_name="training_failure_sensor",
+        dagster_instance=instance,
+        dagster_run=instance.get_run_by_id(result.run_id),
+        dagster_event=result.get_run_failure_event(),
+    ).for_run_failure()
+
+
+@pytest.mark.parametrize(
+    ("job", "tags", "about"),
+    [
+        ("bootstrap", {"realm/retrain": "r2"}, "r2"),
+        ("start_training", {}, "start_training"),
+        ("train_segment", {"dagster/partition": "r1-s0000008"}, "r1-s0000008"),
+    ],
+)
+def test_somebody_is_told_of_training_that_fails_before_or_in_a_run_of_dagster(
+    live: Store, instance: dg.DagsterInstance, job: str, tags: dict[str, str], about: str
+) -> None:
+    said = watch.training_failure_sensor(failed_run(job, instance, tags), store=live)
+    assert said.skip_message == f"{job} for {about} failed: the disk is full"
+    (alert,) = journal.alerts(live)
+    assert (alert["kind"], alert["about"], alert["error"]) == ("training", about, "ArtifactError")
+    (record,) = instance.fetch_observations(dg.AssetKey("realm_checkpoint"), limit=5).records
+    assert record.asset_observation.metadata["failed"].value == "the disk is full"
+
+
+def test_a_failure_that_the_daemon_tries_again_is_no_alert(live: Store, instance: dg.DagsterInstance) -> None:
+    tags = {"dagster/will_retry": "true"}
+    said = watch.training_failure_sensor(failed_run("train_segment", instance, tags), store=live)
+    assert said.skip_message.endswith("is tried again")
+    assert journal.alerts(live) == []
+
+
+def test_every_job_that_training_needs_is_watched_for_failures() -> None:
+    jobs = {job.name for sensor in watch.ALL if "failure" in sensor.name for job in sensor._monitored_jobs}
+    assert jobs == {"refresh_index", "bootstrap", "start_training", "train_segment"}

@@ -1,5 +1,6 @@
 """The index follower: which index serves which step, over swaps, crashes and damaged versions."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -199,3 +200,47 @@ def test_waiting_for_a_first_index_ends_with_the_next_move(follow: Callable, hom
     with pytest.raises(RealmError, match="no index went live within 0 s; start the daemon with realm up, or look at"):
         follow().wait_for_first(0.0, lambda: False)
     assert follow().wait_for_first(60.0, lambda: True) is False
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("name", [FIRST, LATER])
+def test_a_pointer_that_says_another_digest_than_the_index_has_is_refused_once_until_it_is_mended(
+    follow: Callable, home: Store, warnings: list[str], name: str
+) -> None:
+    follower = follow()
+    follower.at(0)
+    go_live(home)
+    good = json.loads((home.home / "live.json").read_text("utf-8"))
+    other = home.manifest("indexes", LATER if name == FIRST else FIRST).digest
+    digest = other if name == FIRST else "f" * 64
+    (home.home / "live.json").write_text(json.dumps({**good, "index": name, "index_digest": digest}), "utf-8")
+    assert served(follower, range(1, 5)) == [FIRST] * 4
+    assert swaps(follower) == [(0, FIRST)]
+    (warning,) = warnings
+    assert f"says {name} has digest {digest[:12]}" in warning and "realm promote" in warning
+    go_live(home)
+    assert served(follower, range(5, 7)) == [LATER] * 2
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_pointer_that_cannot_be_read_is_told_once_and_the_old_index_stays(
+    follow: Callable, home: Store, warnings: list[str]
+) -> None:
+    follower = follow()
+    follower.at(0)
+    (home.home / "live.json").write_text("garbage")
+    assert served(follower, range(1, 5)) == [FIRST] * 4
+    (warning,) = warnings
+    assert "live.json: damaged" in warning
+    again = follow()
+    again.resume(3, 5)
+    assert again.wait_for_first(0.0, lambda: False)  # it has the version that served it
+    go_live(home)
+    assert follower.at(5).name == LATER
+
+
+def test_a_trainer_that_has_no_index_yet_refuses_a_pointer_that_was_edited(follow: Callable, home: Store) -> None:
+    live = json.loads((home.home / "live.json").read_text("utf-8"))
+    (home.home / "live.json").write_text(json.dumps({**live, "index_digest": "f" * 64}), "utf-8")
+    with pytest.raises(ArtifactError, match="says r1-s0000000 has digest ffffffffffff"):
+        follow().at(0)

@@ -119,3 +119,15 @@ def test_the_text_form_names_the_dagster_and_tracker_runs(
     refresh(store, LATER)
     shown = render(walk(store, "indexes", LATER))
     assert ", dagster run dagster-7, mlflow run mlflow-8" in shown
+
+
+@pytest.mark.parametrize("kind", ["indexes", "checkpoints", "snapshots", "evaluations"])
+def test_the_label_that_lineage_shows_can_be_asked_for(tiny_home: Store, realm: Callable, kind: str) -> None:
+    code, out, _ = realm("lineage", f"{kind}/{LATER}", "--home", tiny_home.home)
+    assert code == 0 and out.startswith(f"{kind}/{LATER}  {tiny_home.manifest(kind, LATER).digest[:12]}")
+
+
+def test_a_label_of_nothing_is_refused(tiny_home: Store, realm: Callable) -> None:
+    for label in ("checkpoints/r1-s0000099", "trainer/r1", "indexes/"):
+        code, _, err = realm("lineage", label, "--home", tiny_home.home)
+        assert code == 2 and f"no artifact named or digested {label!r}" in err

@@ -1,5 +1,6 @@
 """The gate: which index versions may go live, and in which words the others are refused."""
 
+import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -64,6 +65,13 @@ def test_promoting_what_is_live_changes_nothing(home: Store) -> None:
 def test_the_run_that_promoted_is_remembered(home: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REALM_DAGSTER_RUN_ID", "dagster-7")
     assert gate(home).dagster_run_id == "dagster-7"
+
+
+@pytest.mark.parametrize("reason", ["", "  "])
+def test_a_move_without_a_reason_is_refused(home: Store, reason: str) -> None:
+    with pytest.raises(ConfigError, match="--reason is empty; say why"):
+        gate(home, reason=reason)
+    assert len(home.live_history()) == 1
 
 
 def unqualified(store: Store) -> None:
@@ -214,9 +222,48 @@ def test_a_metric_that_is_asked_for_must_be_there_on_both_sides(home: Store, key
         shutil.rmtree(home.path("evaluations", key))
     else:
         scored(home, key, something_else=1.0)
-    with pytest.raises(GateError, match="recall_at_5 of it or of the live index is missing; evaluate both first"):
+    found = f"{key} has no scores" if how == "not scored" else f"the scores of {key} lack recall_at_5"
+    with pytest.raises(GateError, match=f"{LATER}: cannot be compared with the live {FIRST}: {found}") as caught:
         gate(home, "gate.max_recall_drop=1.0")
+    assert f"realm promote {LATER} --allow-drop has it live without that" in str(caught.value)
     assert home.require_live().index == FIRST
+    assert gate(home, "gate.max_recall_drop=1.0", allow_drop=True).index == LATER
+
+
+@pytest.mark.parametrize("key", [FIRST, LATER])
+@pytest.mark.parametrize("other", ["questions", "number of questions", "k", "index"])
+def test_scores_that_say_nothing_about_each_other_are_refused(home: Store, key: str, other: str) -> None:
+    folder = home.path("evaluations", key)
+    made = read_manifest(folder)
+    match other:
+        case "questions":
+            rewrite(folder, sources={**made.sources, "dev": "f" * 64})
+            text = "scored on other questions: .*ffffffffffff"
+        case "number of questions":
+            rewrite(folder, {"questions": 3})
+            text = "scored on other questions: .*3 of dev"
+        case "k":
+            rewrite(folder, {"metrics": {**made.facts["metrics"], "recall_at_7": 1.0}})
+            text = "scored on other k: .*7"
+        case _:
+            rewrite(folder, parents={**made.parents, "index": "f" * 64})
+            text = f"the scores of {key} are about index ffffffffffff, it is "
+    with pytest.raises(GateError, match=text):
+        gate(home, "gate.max_em_drop=1.0")
+    assert home.require_live().index == FIRST
+    assert gate(home, "gate.max_em_drop=null").index == LATER
+
+
+def test_scores_are_asked_for_by_default_and_not_of_random_weights() -> None:
+    policies = {
+        profile: load_config(None, profile).gate.model_dump(include={"max_recall_drop", "max_em_drop"}).values()
+        for profile in ("base", "demo", "tiny")
+    }
+    assert {profile: list(values) for profile, values in policies.items()} == {
+        "base": [0.03, 0.03],
+        "demo": [0.08, 0.05],
+        "tiny": [None, None],
+    }
 
 
 def test_a_metric_nobody_asks_for_may_be_missing(home: Store) -> None:
@@ -253,3 +300,70 @@ def test_the_vectors_of_a_live_index_are_those_that_were_qualified(home: Store) 
     rewrite(folder, files=files)
     with pytest.raises(GateError, match="its verdict is about index"):
         gate(home)
+
+
+# --- a pointer that somebody edited ----------------------------------------------------------------------------------
+
+
+def edit(store: Store, **values: Any) -> None:
+    path = store.home / "live.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **values}), encoding="utf-8")
+
+
+def edited_to_the_first(store: Store) -> None:
+    edit(store, index=FIRST, index_digest=store.manifest("indexes", FIRST).digest)
+
+
+HANDS: dict[str, Callable[[Store], None]] = {
+    "the name of one and the digest of another": lambda store: edit(store, index=FIRST),
+    "the digest of another": lambda store: edit(store, index_digest=store.manifest("indexes", FIRST).digest),
+    "another version, consistently": edited_to_the_first,
+    "a version that is gone": lambda store: edit(store, index="r1-s0000099"),
+    "a name that is none": lambda store: edit(store, index="../Somewhere"),
+    "another reason": lambda store: edit(store, reason="because I can"),
+}
+
+
+@pytest.mark.parametrize("hand", HANDS)
+def test_promoting_a_version_mends_a_pointer_that_was_edited(home: Store, hand: str) -> None:
+    gate(home)
+    HANDS[hand](home)
+    live = gate(home, reason="mended")
+    assert (live.index, live.index_digest) == (LATER, home.manifest("indexes", LATER).digest)
+    assert (live.generation, live.reason) == (3, "mended")
+    assert home.live() == live == home.live_history()[-1]
+
+
+def test_what_an_edit_made_live_can_be_made_live_in_earnest(home: Store) -> None:
+    gate(home)
+    edited_to_the_first(home)
+    live = gate(home, name=FIRST, reason="it shall be the first")
+    assert (live.index, live.generation) == (FIRST, 3)
+    assert home.live() == home.live_history()[-1] == live
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "[]", '{"schema": 1}', '{"schema": 1, "index": 5}', "\udcff"])
+def test_a_damaged_pointer_is_mended_from_the_history_by_the_next_promotion(
+    home: Store, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    before = home.live()
+    (home.home / "live.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert gate(home, name=FIRST) == before == home.live()
+    assert "live.json: was damaged; r1-s0000000 of the last line of live.history.jsonl" in capsys.readouterr().err
+    assert (home.home / "live.json.damaged").read_bytes() == text.encode("utf-8", "surrogateescape")
+    assert gate(home).generation == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_pointer_without_a_history_does_not_stop_a_promotion(home: Store) -> None:
+    (home.home / "live.json").write_text("garbage")
+    (home.home / "live.history.jsonl").unlink()
+    assert gate(home).index == LATER
+    assert home.live() == home.live_history()[-1]
+
+
+def test_an_edit_does_not_let_an_older_step_in_where_it_names_nothing(home: Store) -> None:
+    gate(home)
+    edit(home, index="r1-s0000099")
+    with pytest.raises(GateError, match=f"older than the live {LATER}"):
+        gate(home, name=FIRST)

@@ -261,3 +261,12 @@ def test_the_commands_push_and_pull(home: Store, place: str, tmp_path: Path, rea
     assert code == 0 and output.startswith(f"pushed {NAMES[0]}: ")
     assert json.loads(realm("pull", "--home", tmp_path / "new", "--from", place, "--json")[1])["version"] == NAMES[0]
     assert realm("ask", "Which animal?", "--home", tmp_path / "new")[0] == 0
+
+
+def test_copies_that_somebody_laid_beside_the_versions_stop_nothing_and_are_left_alone(grown: Store) -> None:
+    live(grown, *NAMES)
+    for kind in ("snapshots", "indexes", "checkpoints"):
+        shutil.copytree(grown.path(kind, NAMES[1]), grown.home / kind / f"{NAMES[1]}.backup")
+    (grown.home / "trainer" / "r1.old").mkdir(parents=True)
+    assert dropped(grown) == NAMES[1:4]
+    assert not list((grown.home / "indexes" / f"{NAMES[1]}.backup").glob(PRUNED))

@@ -408,3 +408,85 @@ def test_retention_does_not_wait_for_a_refresh_that_a_later_step_overtook(store:
     started(store, keys[2])
     move(store, keys[1])
     assert store.prune_checkpoints("r1", keep=1, spare=set()) == [keys[0]]
+
+
+@pytest.mark.parametrize(
+    ("moves", "target"),
+    [
+        ("0", None),
+        ("0 4", "0"),
+        ("0 4 8", "4"),
+        ("0 4 8 4", "0"),  # gone back once: the bad one is not gone back to
+        ("0 4 8 4 0", None),
+        ("0 4 8 4 12", "4"),
+        ("0 4 8 4 8", "4"),  # made live again after all
+        ("0 4 8 6", "4"),  # gone back to one that was never live
+        ("0 4 8 2", "0"),
+    ],
+)
+def test_a_rollback_goes_back_to_what_nobody_went_back_from(store: Store, moves: str, target: str | None) -> None:
+    for step in moves.split():
+        move(store, checkpoint_key("r1", int(step)))
+    found = store.rollback_target()
+    assert (found.index if found else None) == (checkpoint_key("r1", int(target)) if target else None)
+
+
+def test_a_rollback_of_an_edited_pointer_goes_to_what_the_last_promotion_made_live(store: Store) -> None:
+    for step in (0, 4, 8):
+        move(store, checkpoint_key("r1", step))
+    values = json.loads((store.home / "live.json").read_text())
+    (store.home / "live.json").write_text(json.dumps({**values, "index": "r1-s0000004"}))
+    found = store.rollback_target()
+    assert found is not None and found.index == "r1-s0000008"
+
+
+def test_a_move_that_a_crash_cut_short_is_not_gone_back_to(store: Store) -> None:
+    for step in (0, 4):
+        move(store, checkpoint_key("r1", step))
+    lost = {**asdict(store.require_live()), "generation": 3, "index": "r1-s0000008"}
+    append_durably(store.home / "live.history.jsonl", lost)
+    found = store.rollback_target()
+    assert found is not None and found.index == "r1-s0000000"
+
+
+def test_checkpoints_lose_nothing_while_the_pointer_cannot_be_read(store: Store) -> None:
+    checkpoints(store, 0, 4, 8, 12)
+    (store.home / "live.json").write_text("garbage")
+    assert store.prune_checkpoints("r1", keep=2, spare=set()) == []
+    assert not any(store.is_pruned(key) for key in store.names("checkpoints"))
+
+
+# --- folders that somebody laid there --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def littered(store: Store) -> Store:
+    """A home with copies and old folders beside what is its own."""
+    checkpoints(store, 0, 4, 8, 12)
+    store.trainer("r1").mkdir(parents=True)
+    (store.home / "trainer" / "r1.old").mkdir()
+    (store.home / "trainer" / ".DS_Store").write_text("")
+    for copy in ("r1-s0000012.backup", "a-copy", "r1"):
+        shutil.copytree(store.path("checkpoints", "r1-s0000012"), store.home / "checkpoints" / copy)
+    return store
+
+
+def test_foreign_folders_are_no_runs_and_no_checkpoints(littered: Store) -> None:
+    assert littered.runs() == ["r1"]
+    assert littered.checkpoints("r1") == [checkpoint_key("r1", step) for step in (0, 4, 8, 12)]
+    assert littered.foreign() == [
+        "checkpoints/a-copy",
+        "checkpoints/r1",
+        "checkpoints/r1-s0000012.backup",
+        "trainer/r1.old",
+    ]
+
+
+def test_foreign_folders_do_not_stop_pruning_and_lose_nothing(littered: Store) -> None:
+    assert littered.prune_checkpoints("r1", keep=2, spare=set()) == ["r1-s0000000", "r1-s0000004"]
+    assert not (littered.home / "checkpoints" / "r1-s0000012.backup" / PRUNED).exists()
+
+
+def test_a_digest_is_that_of_the_artifact_and_not_of_its_copy(littered: Store) -> None:
+    digest = littered.manifest("checkpoints", "r1-s0000012").digest
+    assert littered.find(digest) == littered.path("checkpoints", "r1-s0000012")
