@@ -17,6 +17,7 @@ from realm_core.errors import ConfigError
 # How the loop is run, not what it computes: these sections may change under a home that trains. They touch no digest of a
 # checkpoint, snapshot, index or score; a verdict under another gate is given again (realm qualify --again).
 OPERATION = ("gate", "refresh", "retention", "supervise", "retrain")
+_SAVING = {"ict", "warmup", "reader"}  # sections whose checkpoint_every is that of interim states
 
 
 RANDOM_MASK_RATE = 0.15  # share of a sentence's wordpieces that the random schemes mask, as in BERT
@@ -113,6 +114,7 @@ class IctConfig(InParts):
     batch: PositiveInt = 4096
     lr: float = Field(1e-4, gt=0)
     mask_rate: float = Field(0.9, ge=0, le=1)  # share of pairs whose sentence is taken out of the block
+    checkpoint_every: PositiveInt = 1000  # steps between two interim states, which a killed stage goes on from
 
 
 class WarmupConfig(InParts):
@@ -127,6 +129,7 @@ class WarmupConfig(InParts):
     probe_every: int = Field(0, ge=0)  # steps between two looks; 0 looks at the end only
     # Nats a masked wordpiece gained from the right document that end the warm-up early; joint training wants as many.
     ready_gain: float | None = None
+    checkpoint_every: PositiveInt = 1000  # steps between two interim states
 
 
 class PretrainConfig(InParts):
@@ -254,6 +257,7 @@ class ReaderConfig(Scheduled):
     reader_beam: PositiveInt = 5
     max_span_width: PositiveInt = 10
     span_hidden: PositiveInt = 256
+    checkpoint_every: PositiveInt = 1000  # steps between two interim states
 
 
 class EvaluateConfig(Section):
@@ -376,4 +380,6 @@ def digest_of(values: Mapping[str, Any], *sections: str) -> str:
     chosen = {name: values[name] for name in ("seed", *sections)}
     if "runtime" in chosen:  # who computes a micro-batch changes the rounding of sums and nothing else
         chosen["runtime"] = {key: value for key, value in chosen["runtime"].items() if key != "processes"}
+    for name in _SAVING & chosen.keys():  # how often a state is saved changes nothing of the result
+        chosen[name] = {key: value for key, value in chosen[name].items() if key != "checkpoint_every"}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()

@@ -1,10 +1,12 @@
 """A few training steps on a small home, in one process or in several: what the tests of parts and of processes compare."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from realm_core.artifacts.manifest import Manifest
 from realm_core.artifacts.store import Store
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
@@ -14,13 +16,14 @@ from realm_core.model.device import resolve
 from realm_core.model.dropout import Dropout
 from realm_core.model.world import World
 from realm_core.params import load_config
-from realm_core.ports import MemorySink
+from realm_core.ports import MemorySink, MetricSink
+from realm_core.stages import finetune, ict
 from realm_core.train.ict import train_ict
 from realm_core.train.loop import RealmTrainer
 from realm_core.train.warmup import warm_up
 
 ALONE = World()
-KEY = "r1-s0000000"
+KEY, LATER = "r1-s0000000", "r1-s0000004"
 Tensors = dict[str, Tensor]
 
 
@@ -94,6 +97,25 @@ def opened_index(store: Store, config: Config, world: World = ALONE) -> IndexVer
     version = open_version(store.path("indexes", KEY), **made, device=device, world=world)
     version.retriever.double()
     return version
+
+
+def warm_start(store: Store, out: Path, sink: MetricSink, *overrides: str) -> Manifest:
+    """The stage `ict` of a home once more, in another folder."""
+    return ict.run(load_config(None, "tiny", overrides), corpus=store.newest("corpus"), out=out, sink=sink)
+
+
+def dense_reader(store: Store, out: Path, sink: MetricSink, *overrides: str) -> Manifest:
+    """The stage `finetune` on the home's second index; the beam is wide because the tiny retriever finds little."""
+    return finetune.run(
+        load_config(None, "tiny", ["reader.searcher_beam=300", *overrides]),
+        index=store.path("indexes", LATER),
+        snapshot=store.path("snapshots", LATER),
+        checkpoint=store.path("checkpoints", LATER),
+        corpus=store.newest("corpus"),
+        questions=store.newest("questions"),
+        out=out,
+        sink=sink,
+    )
 
 
 def farthest(one: Tensors, other: Tensors) -> float:

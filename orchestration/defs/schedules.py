@@ -16,7 +16,7 @@ _PROBLEM = problem_with(_SETTINGS.cron) if _SETTINGS.cron else "no retrain.cron 
 
 @dg.schedule(
     job=bootstrap,
-    cron_schedule="0 3 * * 0" if _PROBLEM else _SETTINGS.cron,
+    cron_schedule=_SETTINGS.cron if _SETTINGS.cron and not _PROBLEM else "0 3 * * 0",
     execution_timezone=_SETTINGS.timezone,
     default_status=dg.DefaultScheduleStatus.STOPPED if _PROBLEM else dg.DefaultScheduleStatus.RUNNING,
     description=f"Off: retrain.cron: {_PROBLEM}" if _SETTINGS.cron and _PROBLEM else None,

@@ -21,6 +21,7 @@ from realm_core import __version__
 from realm_core.artifacts.manifest import MANIFEST, Manifest, Plan, file_sha256, read_manifest
 from realm_core.errors import ArtifactError, BusyError, RealmError
 
+INTERIM = ".interim"  # in the scratch folder of a long stage: what its next attempt goes on from; never published
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What libraries say that write by themselves and lose the error number: safetensors, numpy.
 _NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -72,10 +73,11 @@ class Build:
 
 
 @contextmanager
-def building(final: Path, plan: Plan, *, resume: bool = False) -> Iterator[Build]:
+def building(final: Path, plan: Plan, *, resume: bool = False, interim: bool = False) -> Iterator[Build]:
     """Yield a Build whose folder becomes `final` if it is committed.
 
-    With `resume` the scratch folder of a killed attempt is handed back as it was left, so that finished parts are kept.
+    With `resume` the scratch folder of a killed attempt is handed back as it was left, so that finished parts are kept; with
+    `interim` only the folder INTERIM in it is, which no manifest lists and which goes when the artifact is published.
     One builder at a time: the lock dies with its process, so a kill leaves no stale lease.
     Raises BusyError if somebody builds `final` now, ArtifactError if `final` exists or the disk is full.
     """
@@ -84,7 +86,7 @@ def building(final: Path, plan: Plan, *, resume: bool = False) -> Iterator[Build
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise operator_error(error, final.parent) from None
-    scratch = final.parent / f".{final.name}.partial"
+    scratch, kept = scratch_of(final), INTERIM if interim else None
     lock = FileLock(final.parent / f".{final.name}.lock")
     try:
         lock.acquire(timeout=0)
@@ -94,8 +96,8 @@ def building(final: Path, plan: Plan, *, resume: bool = False) -> Iterator[Build
         raise operator_error(error, final.parent) from None
     try:
         _require_free(final)  # whoever held the lock until now may have published
-        if scratch.exists() and not resume:
-            shutil.rmtree(scratch)
+        if not resume:
+            _clear(scratch, kept)
         scratch.mkdir(exist_ok=True)
         build = Build(scratch, plan)
         yield build
@@ -103,6 +105,7 @@ def building(final: Path, plan: Plan, *, resume: bool = False) -> Iterator[Build
             _fsync(scratch)
             os.rename(scratch, final)
             _fsync(final.parent)
+            _clear(final / INTERIM)  # only now: a kill before the rename would cost all that it spares
     except Exception as error:
         if _no_room(error):
             raise _disk_full(final.parent) from None
@@ -111,8 +114,14 @@ def building(final: Path, plan: Plan, *, resume: bool = False) -> Iterator[Build
         raise
     finally:
         if not resume:
-            shutil.rmtree(scratch, ignore_errors=True)
+            with suppress(OSError):
+                _clear(scratch, kept)
         lock.release()  # the lock file stays: removing it would let two builders hold two locks of one name
+
+
+def scratch_of(final: Path) -> Path:
+    """The folder in which `final` is built."""
+    return final.parent / f".{final.name}.partial"
 
 
 def adopt(folder: Path, final: Path) -> Manifest:
@@ -154,6 +163,8 @@ def finished(folder: Path, plan: Plan) -> Manifest | None:
     manifest = read_manifest(folder)
     if not plan.describes(manifest):
         raise ArtifactError(f"{folder}: holds a result of other inputs, settings or code; choose another name")
+    with suppress(OSError):
+        _clear(folder / INTERIM)  # its builder may have been killed as soon as it had published
     return manifest
 
 
@@ -257,12 +268,27 @@ def git_commit() -> str:
         return "unknown"
 
 
+def _clear(folder: Path, kept: str | None = None) -> None:
+    """Remove a folder that need not exist; if it holds an entry named `kept`, all but that one."""
+    if kept is None or not (folder / kept).exists():
+        if folder.exists():
+            shutil.rmtree(folder)
+        return
+    for entry in folder.iterdir():
+        if entry.name != kept:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
 def _files_below(folder: Path) -> list[str]:
     return sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.is_file() and path != folder / MANIFEST and not path.name.startswith(".")
+        if path.is_file() and path != folder / MANIFEST and not _hidden(path.relative_to(folder))
     )
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _fsync(path: Path) -> None:

@@ -21,6 +21,7 @@ from realm_core.model.reader import Reader
 from realm_core.ports import MetricSink
 from realm_core.stages import CODE
 from realm_core.stages.questions import load as load_questions
+from realm_core.train.interim import Interim
 from realm_core.train.parts import require_positions
 from realm_core.train.reader import DenseRetrieval, FixedRetrieval, train_reader
 from realm_core.train.update import seed_of
@@ -52,7 +53,10 @@ def run(
     out: Path,
     sink: MetricSink,
 ) -> Manifest:
-    """Fine-tune on the train questions. The document vectors stay as they are; the question side moves away from them."""
+    """Fine-tune on the train questions. The document vectors stay as they are; the question side moves away from them.
+
+    Saves interim states on the way, from which a killed attempt is taken up.
+    """
     doing = plan(config, index=index, checkpoint=checkpoint, corpus=corpus, questions=questions)
     if done := finished(out, doing):
         return done
@@ -77,8 +81,10 @@ def run(
         require_parent(index, read_manifest(index), "snapshot", snapshot)
         opened = open_version(index, checkpoint=checkpoint, corpus=corpus, device=device)
         retrieval = DenseRetrieval(model.retriever, opened, snapshot_of(snapshot, blocks).vectors(), config)
-    with building(out, doing) as build:
-        metrics = train_reader(reader, retrieval, blocks, asked, config, device, sink)
+    with building(out, doing, interim=True) as build:
+        interim = Interim(out, doing, device.precision)
+        with interim.named_if_diverged("reader.lr"):
+            metrics = train_reader(reader, retrieval, blocks, asked, config, device, sink, interim)
         save_module(reader, build.folder / READER)
         if index is not None:
             save_module(model.retriever.query_tower, build.folder / QUESTION_TOWER)
@@ -86,7 +92,7 @@ def run(
         facts = {"retrieval": "bm25" if index is None else "dense", "metrics": metrics}
         if index is not None:
             facts["step"] = read_manifest(index).facts["step"]
-        return build.commit(facts)
+        return build.commit(facts, record={"resumed": interim.resumed})
 
 
 def load_reader(folder: Path) -> Reader:

@@ -15,6 +15,7 @@ from realm_core.ports import MetricSink
 from realm_core.stages import CODE
 from realm_core.stages.processes import world_of
 from realm_core.train.ict import train_ict
+from realm_core.train.interim import Interim
 from realm_core.train.parts import require_lengths
 from realm_core.train.warmup import warm_up
 
@@ -38,7 +39,8 @@ def plan(config: Config, *, corpus: Path) -> Plan:
 def run(config: Config, *, corpus: Path, out: Path, sink: MetricSink) -> Manifest:
     """Inverse cloze task for the retriever, then the masked-LM warm-up of the encoder.
 
-    Several processes (see `stages.processes`) share every batch; the first one publishes and logs.
+    Both save interim states on the way, from which a killed attempt is taken up. Several processes (see `stages.processes`)
+    share every batch; the first one publishes and logs.
     """
     doing = plan(config, corpus=corpus)
     if done := finished(out, doing):
@@ -47,13 +49,17 @@ def run(config: Config, *, corpus: Path, out: Path, sink: MetricSink) -> Manifes
     blocks = Corpus.open(corpus)
     with world_of(config, "ict", corpus=str(corpus), out=str(out)) as world:
         device = resolve(config.runtime, world=world)
-        with building(out, doing) if world.leads else nullcontext() as build:
+        with building(out, doing, interim=True) if world.leads else nullcontext() as build:
             model = _start(config, blocks).to(device.torch_device)
-            metrics = train_ict(model, blocks, config, device, sink, world)
-            metrics |= warm_up(model, blocks, config, device, sink, world)
+            interim = Interim(out, doing, device.precision, world)
+            with interim.named_if_diverged("ict.lr"):
+                metrics = train_ict(model, blocks, config, device, sink, world, interim)
+            with interim.named_if_diverged("warmup.lr"):
+                metrics |= warm_up(model, blocks, config, device, sink, world, interim)
             if build is not None:
                 model.save(build.folder)
-                build.commit({"step": 0, "metrics": metrics, "precision": device.precision})
+                facts = {"step": 0, "metrics": metrics, "precision": device.precision}
+                build.commit(facts, record={"resumed": interim.resumed})
         world.exchange("published")
     return read_manifest(out)
 

@@ -16,6 +16,7 @@ from realm_core.model.device import Device
 from realm_core.model.world import World
 from realm_core.ports import MetricSink, Progress
 from realm_core.train.contrastive import Pair, contrast
+from realm_core.train.interim import History, Interim, Saved
 from realm_core.train.parts import parts_of, require_positions, sum_metrics
 from realm_core.train.step import at_least_float32
 from realm_core.train.update import Updater, seed_dropout
@@ -24,12 +25,18 @@ _ALONE = World()
 
 
 def train_ict(
-    model: RealmModel, corpus: Corpus, config: Config, device: Device, sink: MetricSink, world: World = _ALONE
+    model: RealmModel,
+    corpus: Corpus,
+    config: Config,
+    device: Device,
+    sink: MetricSink,
+    world: World = _ALONE,
+    interim: Interim | None = None,
 ) -> dict[str, float]:
     """Train the retriever in place. Returns means over the last tenth: loss, in-batch accuracy of all pairs, of those whose
     sentence was taken out of the block (`masked_accuracy`) and of the others (`unmasked_accuracy`), the share of the former
     (`removed_share`), and how much of the longest query and document was no padding (`query_fill`, `doc_fill`).
-    Collective; only the first process logs."""
+    Goes on from the state in `interim`, if it holds one. Collective; only the first process logs."""
     settings = config.ict
     if len(corpus) < 2:
         raise DataError(f"{corpus.folder}: {len(corpus)} block; the inverse cloze task needs two to choose from")
@@ -38,17 +45,18 @@ def train_ict(
     )
     ict = _Ict(model, corpus, config, device, world)
     bar = Progress("inverse cloze task", settings.steps)
-    history: list[dict[str, float]] = []
+    history = History(settings.steps)
+    saved = Saved(interim, "ict", settings.checkpoint_every, ict.updater, history)
     model.retriever.train()
-    for step in range(settings.steps):
+    for step in range(saved.first, settings.steps):
         metrics = ict.step(step)
-        if not metrics:
-            continue
-        history.append(metrics)
-        if world.leads:
+        if metrics:
+            history.add(metrics)
+        if metrics and world.leads:
             sink.log(step, metrics)
             bar.update(step + 1, f"loss {metrics['ict/loss']:.3f}")
-    return tail_means(history)
+        saved.after(step + 1, end=config.warmup.steps > 0)
+    return history.means()
 
 
 class _Ict:
@@ -137,13 +145,6 @@ def _flags(arrays: Sequence[dict[str, np.ndarray]], name: str, device: Device) -
     """One flag an example over all micro-batches."""
     found = np.concatenate([np.zeros(0, dtype=bool), *(batch[name] for batch in arrays)])
     return torch.from_numpy(found).to(device.torch_device)
-
-
-def tail_means(history: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of every metric over the last tenth of the rows."""
-    tail = history[-max(1, len(history) // 10) :]
-    names = sorted({name for row in tail for name in row})
-    return {name: float(np.mean([row[name] for row in tail if name in row])) for name in names}
 
 
 _PARTS = ("token_ids", "segment_ids", "mask")

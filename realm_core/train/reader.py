@@ -26,7 +26,7 @@ from realm_core.model.objectives import reader_loss, retriever_loss
 from realm_core.model.reader import Reader, correct_spans, span_candidates
 from realm_core.ports import MetricSink, Progress
 from realm_core.text.tokenizer import Tokenizer
-from realm_core.train.ict import tail_means
+from realm_core.train.interim import History, Interim, Saved
 from realm_core.train.update import Updater, seed_of
 
 
@@ -79,8 +79,10 @@ def train_reader(
     config: Config,
     device: Device,
     sink: MetricSink,
+    interim: Interim | None = None,
 ) -> dict[str, float]:
-    """Train the reader, and the question tower of a dense retrieval, in place.
+    """Train the reader, and the question tower of a dense retrieval, in place; goes on from the state in `interim`, if it
+    holds one.
 
     Returns means over the last tenth. Raises DataError if no question's answer can be found among its retrieved blocks.
     """
@@ -96,10 +98,11 @@ def train_reader(
     rates = {"reader": settings.lr, "question_tower": settings.tower_lr}
     updater = Updater(modules, rates, settings.steps, config.optimizer, warmup=settings.warmup_steps)
     bar = Progress("fine-tune reader", settings.steps)
-    history = []
+    history = History(settings.steps)
+    saved = Saved(interim, "reader", settings.checkpoint_every, updater, history)
     for module in modules.values():
         module.train()
-    for step in range(settings.steps):
+    for step in range(saved.first, settings.steps):
         chosen = usable[rows_for_step(len(usable), settings.batch, step, config.seed)]
         torch.manual_seed(seed_of(config.seed, "reader", step))
         found = retrieval(chosen, [ids[i] for i in chosen], device)
@@ -108,10 +111,11 @@ def train_reader(
         )
         if loss.requires_grad:
             updater.apply(loss, step)
-        history.append(metrics)
+        history.add(metrics)
         sink.log(step, metrics)
         bar.update(step + 1, f"loss {metrics['reader/loss']:.3f}")
-    return {**tail_means(history), "reader/usable_questions": float(len(usable))}
+        saved.after(step + 1)
+    return {**history.means(), "reader/usable_questions": float(len(usable))}
 
 
 Asked = tuple[Question, Sequence[int], Sequence[Sequence[int]]]  # question, its wordpieces, those of its answers

@@ -21,7 +21,7 @@ from realm_core.model.bundle import RealmModel
 from realm_core.model.device import Device
 from realm_core.model.world import World
 from realm_core.ports import MetricSink, Progress
-from realm_core.train.ict import tail_means
+from realm_core.train.interim import History, Interim, Saved
 from realm_core.train.parts import parts_of, require_positions, sum_metrics
 from realm_core.train.probe import Gain, Probe, draw, gold_logp, without_sentence
 from realm_core.train.update import Updater, seed_dropout
@@ -32,9 +32,16 @@ Example = tuple[MaskedQuery, Ids]  # and the body it is read beside; empty for t
 
 
 def warm_up(
-    model: RealmModel, corpus: Corpus, config: Config, device: Device, sink: MetricSink, world: World = _ALONE
+    model: RealmModel,
+    corpus: Corpus,
+    config: Config,
+    device: Device,
+    sink: MetricSink,
+    world: World = _ALONE,
+    interim: Interim | None = None,
 ) -> dict[str, float]:
-    """Train the encoder in place, until the probe is content or the steps are used up. Collective; the first process logs.
+    """Train the encoder in place, until the probe is content or the steps are used up. Goes on from the state in `interim`,
+    if it holds one. Collective; the first process logs.
 
     Returns means over the last tenth of the steps (loss, gold log-likelihood with and without document), the steps taken, and
     what the probe found at the end: nats a masked wordpiece gained from the right document, over none and over a random one.
@@ -49,26 +56,28 @@ def warm_up(
     modules, rates = {"encoder": model.encoder}, {"encoder": settings.lr}
     updater = Updater(modules, rates, settings.steps, config.optimizer, world=world, warmup=settings.warmup_steps)
     bar = Progress("encoder warm-up", settings.steps)
-    history: list[dict[str, float]] = []
+    history = History(settings.steps)
+    saved = Saved(interim, "warmup", settings.checkpoint_every, updater, history)
     gain: Gain | None = None
     model.encoder.train()
-    for step in range(settings.steps):
+    for step in range(saved.first, settings.steps):
         metrics = _step(model, corpus, rows, config, device, updater, step, parts)
         done = step + 1
         last = done == settings.steps
         if last or (settings.probe_every and done % settings.probe_every == 0):
             gain = probe.measure(device)
             metrics |= gain.metrics() if gain else {}
-        history.append(metrics)
+        history.add(metrics)
         if world.leads:
             sink.log(step, metrics)
             bar.update(done, f"loss {metrics.get('warmup/loss', float('nan')):.3f}")
         ready = gain is not None and settings.ready_gain is not None and gain.reaches(settings.ready_gain)
         if world.exchange(ready)[0]:  # not every device rounds alike
             break
+        saved.after(done)  # never at the end: what the probe found there is not in it
     if world.leads:
         _warn_unless_ready(gain, settings.ready_gain)
-    return tail_means(history) | {"warmup/steps": float(len(history))} | (gain.metrics() if gain else {})
+    return history.means() | {"warmup/steps": float(history.count)} | (gain.metrics() if gain else {})
 
 
 def _step(

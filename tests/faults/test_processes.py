@@ -302,6 +302,35 @@ def test_helpers_end_with_a_killed_leader_and_the_detached_trainer_ends_where_it
     assert digests(home) == digests(whole)
 
 
+WARM_START = """
+import os, signal, sys
+from pathlib import Path
+from realm_core.artifacts.store import Store
+from tests import training
+
+class Sink:
+    def log(self, step, values):
+        if (step, *values)[:2] == (3, "warmup/loss"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+store, out = Store.open(Path(sys.argv[1])), Path(sys.argv[2])
+training.warm_start(store, out, Sink(), "runtime.processes=2")
+"""
+
+
+def test_a_warm_start_in_two_processes_goes_on_in_both_from_the_state_that_the_killed_leader_saved(
+    tiny_home: Store, start_python: Callable, tmp_path: Path
+) -> None:
+    whole = training.warm_start(tiny_home, tmp_path / "whole", NullSink(), "runtime.processes=2")
+    leader = start_python(WARM_START, tiny_home.home, tmp_path / "killed")
+    _, problem = leader.communicate()
+    assert leader.returncode == -signal.SIGKILL, problem
+    # Weights that only one process took up would differ when the next state is saved, which is refused.
+    made = training.warm_start(tiny_home, tmp_path / "killed", NullSink(), "runtime.processes=2")
+    assert made.record["resumed"] == {"ict": 8, "warmup": 2}
+    assert made.digest == whole.digest
+
+
 def test_a_killed_helper_ends_the_stage_with_one_line(home: Store) -> None:
     class KillHelper(NullSink):
         def log(self, step: int, values: object) -> None:

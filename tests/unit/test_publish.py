@@ -11,11 +11,13 @@ import pytest
 
 from realm_core.artifacts.manifest import MANIFEST, Plan, read_manifest
 from realm_core.artifacts.publish import (
+    INTERIM,
     append_durably,
     building,
     finished,
     provenance,
     read_json_lines,
+    scratch_of,
     storage_trouble,
     write_durably,
 )
@@ -44,6 +46,37 @@ def visible(folder: Path) -> list[str]:
 
 def hidden(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.name.startswith(".") and entry.is_dir())
+
+
+def stopped(final: Path, *files: str) -> None:
+    """An attempt that writes files and is stopped."""
+    with building(final, PLAN, interim=True) as build:
+        for name in files:
+            (build.folder / name).parent.mkdir(exist_ok=True)
+            (build.folder / name).write_text("x")
+        raise KeyboardInterrupt
+
+
+def test_interim_states_outlive_an_attempt_and_are_never_published(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        stopped(tmp_path / "a", f"{INTERIM}/state", "half")
+    assert [entry.name for entry in scratch_of(tmp_path / "a").iterdir()] == [INTERIM]
+    with building(tmp_path / "a", PLAN, interim=True) as build:
+        assert (build.folder / INTERIM / "state").read_text() == "x"
+        (build.folder / "file").write_text("x")
+        made = build.commit({})
+    assert list(made.files) == ["file"] and visible(tmp_path / "a") == ["file", MANIFEST]
+    assert hidden(tmp_path / "a") == hidden(tmp_path) == []
+
+
+def test_an_attempt_without_interim_states_leaves_nothing_and_takes_over_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        stopped(tmp_path / "a", "half")
+    assert hidden(tmp_path) == []
+    with pytest.raises(KeyboardInterrupt):
+        stopped(tmp_path / "a", f"{INTERIM}/state")
+    with building(tmp_path / "a", PLAN) as build:
+        assert list(build.folder.iterdir()) == []
 
 
 def test_a_committed_folder_appears_complete(tmp_path: Path) -> None:
