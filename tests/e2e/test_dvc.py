@@ -1,4 +1,5 @@
-"""DVC on the pipeline of this repository: from raw files to shards, numbers, and a remote that gives them back.
+"""DVC on the pipeline of this repository: from raw files to shards, numbers, and a remote that gives them back; and on
+versions of a corpus that commands made.
 
 DVC lives in an environment of its own (make dvc); REALM_DVC_BIN names another one. An S3 remote is tried where
 moto_server is installed beside it.
@@ -11,15 +12,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dagster as dg
 import pytest
 
-from realm_core.artifacts.manifest import read_manifest
+from realm_core.artifacts.manifest import open_artifact, read_manifest
 from realm_core.artifacts.store import Store
+from realm_core.corpus.shards import Corpus
 from realm_core.params import load_config
+from realm_core.ports import NullSink
+from realm_core.stages import corpus
 from tests.assets.test_materialisation import World, data_version
 from tests.conftest import REPOSITORY
 from tests.e2e.homes import free_port
@@ -42,12 +46,19 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m orchestration.cli "$@"\n')
     command.chmod(0o755)
-    run(folder, "init", "--no-scm", "--quiet")
+    git(folder, "init", "--quiet")
+    run(folder, "init", "--quiet")
     run(folder, "repro", "--quiet")
     return folder
 
 
-def run(folder: Path, *arguments: str) -> str:
+def git(folder: Path, *arguments: str) -> None:
+    somebody = ("-c", "user.name=somebody", "-c", "user.email=somebody@localhost")
+    subprocess.run(["git", *somebody, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def run(folder: Path, *arguments: str, refused: bool = False) -> str:
+    """What a command of DVC prints; with `refused` what it says when it refuses, as it must."""
     environment = {
         **os.environ,
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
@@ -60,8 +71,8 @@ def run(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
         [str(PROGRAMS / "dvc"), *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert (done.returncode != 0) is refused, done.stdout + done.stderr
+    return done.stderr if refused else done.stdout
 
 
 @pytest.fixture
@@ -106,15 +117,71 @@ def test_metrics_and_the_plot_of_block_lengths_are_there(project: Path) -> None:
     assert "up to date" in run(project, "status")
 
 
-def test_what_a_remote_keeps_comes_back_byte_for_byte(project: Path, s3: str) -> None:
+@pytest.fixture
+def remote(project: Path, s3: str) -> None:
     run(project, "remote", "add", "--force", "--default", "storage", "s3://realm/dvc")
     run(project, "remote", "modify", "storage", "endpointurl", s3)
+
+
+@pytest.mark.usefixtures("remote")
+def test_what_a_remote_keeps_comes_back_byte_for_byte(project: Path) -> None:
     run(project, "push")
     before = read_manifest(project / "data" / "corpus")
     shutil.rmtree(project / "data" / "corpus")
     shutil.rmtree(project / ".dvc" / "cache")
     run(project, "pull")
     assert read_manifest(project / "data" / "corpus") == before
+
+
+def home_on(folder: Path, shards: Path) -> Store:
+    """A home whose first corpus is a folder of finished shards."""
+    config = load_config(None, "tiny")
+    store = Store.create(folder, config, {"corpus": str(shards), "questions": "none"}, "tiny")
+    corpus.of_home(config, store=store, sink=NullSink())
+    return store
+
+
+@pytest.mark.usefixtures("remote")
+def test_versions_that_commands_made_go_through_a_remote_into_an_empty_clone(
+    project: Path, tmp_path: Path, realm: Callable
+) -> None:
+    """The home stays the owner of its versions; DVC owns the copy that `dvc add --out` makes."""
+    store = home_on(tmp_path / "home", project / "data" / "corpus")
+    title = Corpus.open(project / "data" / "corpus").block(0).title
+    new = tmp_path / "new.jsonl"
+    new.write_text('{"id": "n", "title": "Quorvane", "text": "The lighthouse of Quorvane is made of glass."}\n')
+    for words in (("add", new), ("remove", "--title", title)):
+        code, _, problem = realm("corpus", *words, "--home", store.home)
+        assert code == 0, problem
+    run(project, "push")
+    for name in ("v0002", "v0003"):
+        run(project, "add", "--out", f"data/corpus-{name}", str(store.path("corpus", name)))
+    pushed = int(run(project, "push").split(" file", maxsplit=1)[0].split()[-1])
+    first, *grown = (set(store.manifest("corpus", name).files.values()) for name in ("v0001", "v0002", "v0003"))
+    lists = 2 * len(grown)  # the manifest of each, and DVC's own list of its files
+    assert pushed == len(set.union(*grown) - first) + lists  # what the versions share is there already
+    refusal = run(project, "add", "--out", "data/corpus", str(store.path("corpus", "v0003")), refused=True)
+    assert "overlaps with an output of stage: 'corpus'" in refusal
+    assert "up to date" in run(project, "status")
+
+    git(project, "add", "--all")
+    git(project, "commit", "--quiet", "--message", "grown versions")
+    clone = tmp_path / "clone"
+    git(project, "clone", "--quiet", ".", str(clone))
+    assert not (clone / "data" / "corpus-v0002").exists()
+    run(clone, "pull", "data/corpus-v0002.dvc", "data/corpus-v0003.dvc")
+    for name in ("v0002", "v0003"):
+        assert open_artifact(clone / "data" / f"corpus-{name}", "corpus") == store.manifest("corpus", name)
+    pulled = clone / "data" / "corpus-v0003"
+    assert "made of glass" in realm("corpus", "show", pulled, "--title", "Quorvane")[1]
+    assert "no document titled" in realm("corpus", "show", pulled, "--title", title)[2]
+    assert "| articles |" in realm("corpus", "report", pulled)[1]
+
+    elsewhere = home_on(tmp_path / "elsewhere", pulled)
+    assert realm("corpus", "remove", "--id", "n", "--home", elsewhere.home)[0] == 0
+    told = json.loads(realm("corpus", "status", "--home", elsewhere.home, "--json")[1])
+    assert [row["change"] for row in told["versions"]] == ["remove -1", "remove -1"]
+    assert told["versions"][0]["digest"] == store.manifest("corpus", "v0003").digest
 
 
 def test_dagster_shows_the_digest_of_the_shards_that_dvc_made(project: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from realm_core.corpus.shards import Corpus
 from realm_core.corpus.sources import Source
 from realm_core.errors import ArtifactError, DataError, GateError
 from realm_core.evaluate import versions
-from realm_core.params import with_on_error
+from realm_core.index.backends import known_backends
+from realm_core.params import with_on_error, with_overrides
 from realm_core.ports import NullSink
 from realm_core.stages import grow, pretrain, promote, reembed, refresh, replay
 
@@ -123,6 +124,30 @@ def test_from_the_promotion_on_a_removed_document_is_not_returned_and_k_results_
     ]
     assert [passage.block_id for passage in asked] == kept[:5]
     assert snapshot.record["embedded_blocks"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [name for name in known_backends() if name != "exact"])
+def test_no_kind_of_index_returns_what_was_removed_or_loses_a_place(home: Store, new: Path, backend: str) -> None:
+    if backend.startswith("faiss"):
+        pytest.importorskip("faiss")
+    # The vectors of random weights lie so close together that approximate search fails the gate whatever the corpus.
+    config = with_overrides(home.config(), [f"index.backend={backend}", "gate.min_recall_vs_exact=0"], where="test")
+    before, victim = titles(Corpus.open(home.newest("corpus"))), Corpus.open(home.newest("corpus")).block(0)
+    found: list[tuple[set[str], list[float]]] = []
+    for what in (grow.Add(source=Source.find(new)), grow.Remove(ids=["quorvane", victim.doc_id]), grow.Compact()):
+        change(home, what)
+        live, _ = refresh.over_newest_corpus(config, store=home, sink=NullSink(), reason="test") or (None, None)
+        assert live and home.manifest("indexes", live.index).facts["backend"] == backend
+        asked, blocks = Answerer.open(home), len(Corpus.open(home.newest("corpus")))
+        everything, best = (list(asked.ask(QUESTION, k=k).passages) for k in (blocks, 5))
+        assert (len({passage.block_id for passage in everything}), len(best)) == (blocks, 5)
+        found.append(({passage.title for passage in everything}, [passage.score for passage in best]))
+    left = (before | {"Ombrel"}) - {victim.title}
+    assert [names for names, _ in found] == [before | {"Quorvane", "Ombrel"}, left, left]
+    (_, after_growth), (_, in_full) = found[1:]  # a compacted corpus is one built in full
+    if backend not in ("faiss_ivf", "faiss_hnsw"):  # what holds for those: tests/properties/test_growth.py
+        assert after_growth == pytest.approx(in_full, rel=1e-5)
 
 
 @pytest.mark.slow
