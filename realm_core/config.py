@@ -246,8 +246,8 @@ class RetentionConfig(Section):
     grace_seconds: float = Field(3600, ge=0)  # a version that was live a moment ago may just be being opened
 
 
-class ReaderConfig(Scheduled):
-    """Open-domain QA fine-tuning of question tower and reader."""
+class ReaderConfig(InParts):
+    """Open-domain QA fine-tuning of question tower and reader, in one process."""
 
     steps: PositiveInt = 158_336  # two epochs of NaturalQuestions
     batch: PositiveInt = 1
@@ -257,6 +257,7 @@ class ReaderConfig(Scheduled):
     reader_beam: PositiveInt = 5
     max_span_width: PositiveInt = 10
     span_hidden: PositiveInt = 256
+    checkpointing: bool = False  # gradient checkpointing
     checkpoint_every: PositiveInt = 1000  # steps between two interim states
 
 
@@ -318,6 +319,7 @@ class Config(Section):
             )
         for section in ("ict", "warmup", "pretrain"):
             micro_batches(getattr(self, section), section, self.runtime.processes)
+        micro_batches(self.reader, "reader", 1)
         if self.runtime.device == "xla" and self.runtime.processes > 1:
             raise ValueError(
                 f"runtime.processes={self.runtime.processes} with runtime.device=xla: XLA trains in one process; "

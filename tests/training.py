@@ -40,12 +40,16 @@ def lively_model(store: Store, *, dropout: float = 0.0, dtype: torch.dtype = tor
             for weight in module.parameters():
                 if weight.dim() > 1:
                     weight.mul_(5.0)
-        for part in module.modules():
-            if isinstance(part, Dropout):
-                part.rate = dropout
-            elif hasattr(part, "dropout") and isinstance(part.dropout, float):
-                part.dropout = dropout  # of the attention weights
+        set_dropout(module, dropout)
     return model
+
+
+def set_dropout(module: nn.Module, rate: float) -> None:
+    for part in module.modules():
+        if isinstance(part, Dropout):
+            part.rate = rate
+        elif hasattr(part, "dropout") and isinstance(part.dropout, float):
+            part.dropout = rate  # of the attention weights
 
 
 def weights(*modules: nn.Module) -> Tensors:

@@ -14,6 +14,6 @@ CODE = {
     "index": "1",
     "qualify": "1",
     "drift": "1",
-    "finetune": "4",
+    "finetune": "5",
     "evaluate": "1",
 }

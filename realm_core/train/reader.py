@@ -14,7 +14,7 @@ from torch import Tensor
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.data.answers import gold_spans, has_answer
-from realm_core.data.batches import rows_for_step
+from realm_core.data.batches import rows_for_step, split_evenly
 from realm_core.data.formats import query_inputs, reader_inputs, stack
 from realm_core.data.questions import Question
 from realm_core.errors import DataError
@@ -24,10 +24,16 @@ from realm_core.model.device import Device
 from realm_core.model.embedder import Retriever
 from realm_core.model.objectives import reader_loss, retriever_loss
 from realm_core.model.reader import Reader, correct_spans, span_candidates
+from realm_core.model.world import World
 from realm_core.ports import MetricSink, Progress
 from realm_core.text.tokenizer import Tokenizer
 from realm_core.train.interim import History, Interim, Saved
-from realm_core.train.update import Updater, seed_of
+from realm_core.train.parts import parts_of, sum_metrics
+from realm_core.train.step import at_least_float32
+from realm_core.train.update import Updater, seed_dropout
+
+_ALONE = World()
+_LOOK = 16  # questions that are looked up at a time before training
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,9 @@ class DenseRetrieval:
         pad = self.index.tokenizer.pad_id
         batch = stack([query_inputs(ids, None, self.index.tokenizer) for ids in questions], pad)
         with device.autocast():
-            embedded = self.retriever.embed_queries(*to_tensors(batch, device)).float()
+            embedded = at_least_float32(self.retriever.embed_queries(*to_tensors(batch, device)))
         _, rows = self.index.search_vectors(embedded.detach().cpu().numpy(), self.beam)
-        found = torch.from_numpy(np.stack([self.vectors[row] for row in rows])).to(device.torch_device)
+        found = torch.from_numpy(np.stack([self.vectors[row] for row in rows])).to(embedded)
         relevance_QK = torch.einsum("qd,qkd->qk", embedded, found)
         return [Retrieved(row, relevance) for row, relevance in zip(rows, relevance_QK, strict=True)]
 
@@ -84,38 +90,95 @@ def train_reader(
     """Train the reader, and the question tower of a dense retrieval, in place; goes on from the state in `interim`, if it
     holds one.
 
-    Returns means over the last tenth. Raises DataError if no question's answer can be found among its retrieved blocks.
+    Returns means over the last tenth. Raises DataError if no question finds its answer among its blocks at the start.
     """
-    settings, tokenizer = config.reader, corpus.tokenizer
-    longest = reader.shape.max_positions - 2  # a longer question is cut; the original code would fail on it
-    ids = [asked[:longest] for asked in tokenizer.batch_ids([question.question for question in questions])]
-    answer_ids = [tokenizer.batch_ids(question.answers) for question in questions]
-    modules: dict[str, torch.nn.Module] = {"reader": reader}
-    if isinstance(retrieval, DenseRetrieval):
-        modules["question_tower"] = retrieval.retriever.query_tower
-        retrieval.retriever.eval()  # dropout would make the choice below a matter of luck
-    usable = _answerable(corpus, questions, ids, retrieval, settings.reader_beam, device)
-    rates = {"reader": settings.lr, "question_tower": settings.tower_lr}
-    updater = Updater(modules, rates, settings.steps, config.optimizer, warmup=settings.warmup_steps)
+    settings = config.reader
+    tuning = _Tuning(reader, retrieval, corpus, questions, config, device)
+    tuning.require_an_answer()
     bar = Progress("fine-tune reader", settings.steps)
     history = History(settings.steps)
-    saved = Saved(interim, "reader", settings.checkpoint_every, updater, history)
-    for module in modules.values():
+    saved = Saved(interim, "reader", settings.checkpoint_every, tuning.updater, history)
+    for module in tuning.updater.modules.values():
         module.train()
     for step in range(saved.first, settings.steps):
-        chosen = usable[rows_for_step(len(usable), settings.batch, step, config.seed)]
-        torch.manual_seed(seed_of(config.seed, "reader", step))
-        found = retrieval(chosen, [ids[i] for i in chosen], device)
-        loss, metrics = _batch_loss(
-            reader, corpus, [(questions[i], ids[i], answer_ids[i]) for i in chosen], found, config, device, tokenizer
-        )
-        if loss.requires_grad:
-            updater.apply(loss, step)
+        metrics = tuning.step(step)
         history.add(metrics)
         sink.log(step, metrics)
         bar.update(step + 1, f"loss {metrics['reader/loss']:.3f}")
         saved.after(step + 1)
-    return {**history.means(), "reader/usable_questions": float(len(usable))}
+    return history.means()
+
+
+class _Tuning:
+    """The steps of fine-tuning: each a function of weights, seed, step number and the number of micro-batches.
+
+    Every question has its turn, as in the original code, whether its answer is among the blocks that it retrieves or not:
+    without, it adds no loss, and the day the question tower finds one, it does.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        retrieval: DenseRetrieval | FixedRetrieval,
+        corpus: Corpus,
+        questions: Sequence[Question],
+        config: Config,
+        device: Device,
+    ) -> None:
+        self.reader, self.retrieval, self.corpus, self.questions = reader, retrieval, corpus, questions
+        self.config, self.device, self.parts = config, device, parts_of(config.reader, "reader", _ALONE)
+        reader.checkpointing = config.reader.checkpointing
+        longest = reader.shape.max_positions - 2  # a longer question is cut; the original code would fail on it
+        asked = corpus.tokenizer.batch_ids([question.question for question in questions])
+        self.ids = [ids[:longest] for ids in asked]
+        self.answer_ids = [corpus.tokenizer.batch_ids(question.answers) for question in questions]
+        modules: dict[str, torch.nn.Module] = {"reader": reader}
+        if isinstance(retrieval, DenseRetrieval):
+            modules["question_tower"] = retrieval.retriever.query_tower
+        settings = config.reader
+        rates = {"reader": settings.lr, "question_tower": settings.tower_lr}
+        self.updater = Updater(modules, rates, settings.steps, config.optimizer, warmup=settings.warmup_steps)
+
+    def require_an_answer(self) -> None:
+        """Raise DataError unless some question finds its answer at the start; looks no further than the first that does."""
+        if isinstance(self.retrieval, DenseRetrieval):
+            self.retrieval.retriever.eval()  # dropout would make it a matter of luck
+        for first in range(0, len(self.questions), _LOOK):
+            part = range(first, min(first + _LOOK, len(self.questions)))
+            with torch.inference_mode():
+                found = self.retrieval(part, [self.ids[i] for i in part], self.device)
+            for i, retrieved in zip(part, found, strict=True):
+                rows = retrieved.rows if retrieved.relevance is not None else self._read(retrieved)
+                if any(has_answer(text, self.questions[i].answers) for text in self.corpus.texts(rows.tolist())):
+                    return
+        raise DataError(
+            f"{self.corpus.folder}: no training question finds its answer among its retrieved blocks; "
+            "check that questions and corpus belong together"
+        )
+
+    def step(self, step: int) -> dict[str, float]:
+        """One update. Returns its metrics, means over the questions."""
+        settings, seed = self.config.reader, self.config.seed
+        chosen = rows_for_step(len(self.questions), settings.batch, step, seed).tolist()
+        self.updater.begin(step)
+        found = []
+        for number, part in enumerate(split_evenly(chosen, self.parts)):
+            seed_dropout(seed, "reader", step, number)
+            loss, metrics = self._loss(part)
+            share = len(part) / len(chosen)
+            self.updater.add(loss * share)
+            found.append({name: value * share for name, value in metrics.items()})
+        self.updater.finish(step)
+        self.device.end_step()
+        return sum_metrics(_ALONE, found)
+
+    def _loss(self, part: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        retrieved = self.retrieval(part, [self.ids[i] for i in part], self.device)
+        asked = [(self.questions[i], self.ids[i], self.answer_ids[i]) for i in part]
+        return _batch_loss(self.reader, self.corpus, asked, retrieved, self.config, self.device, self.corpus.tokenizer)
+
+    def _read(self, retrieved: Retrieved) -> np.ndarray:
+        return retrieved.rows[: self.config.reader.reader_beam]
 
 
 Asked = tuple[Question, Sequence[int], Sequence[Sequence[int]]]  # question, its wordpieces, those of its answers
@@ -149,7 +212,7 @@ def _batch_loss(
     shape = (len(asked), beam)
     relevance_QK = torch.stack([_relevance(item, beam, device) for item in found])
     read = reader_loss(
-        spans.score.float().unflatten(0, shape),
+        at_least_float32(spans.score).unflatten(0, shape),
         relevance_QK,
         correct.unflatten(0, shape),
         spans.valid.unflatten(0, shape),
@@ -188,30 +251,3 @@ def _padded(gold: Sequence[np.ndarray], device: Device) -> tuple[Tensor, Tensor]
         padded[:, number, : len(spans)] = spans.T
     starts, ends = torch.from_numpy(padded).to(device.torch_device)
     return starts, ends
-
-
-def _answerable(
-    corpus: Corpus,
-    questions: Sequence[Question],
-    ids: Sequence[Sequence[int]],
-    retrieval: DenseRetrieval | FixedRetrieval,
-    reader_beam: int,
-    device: Device,
-) -> np.ndarray:
-    """Numbers of the questions that can teach something: an answer stands in a block that is read (fixed rows) or
-    retrieved at the start (dense). The others have zero loss in the original code; this spares their forward passes."""
-    usable = []
-    for first in range(0, len(questions), 64):
-        part = range(first, min(first + 64, len(questions)))
-        with torch.inference_mode():
-            found = retrieval(part, [ids[i] for i in part], device)
-        for i, retrieved in zip(part, found, strict=True):
-            rows = retrieved.rows if retrieved.relevance is not None else retrieved.rows[:reader_beam]
-            if any(has_answer(text, questions[i].answers) for text in corpus.texts(rows.tolist())):
-                usable.append(i)
-    if not usable:
-        raise DataError(
-            f"{corpus.folder}: no training question finds its answer among its retrieved blocks; "
-            "check that questions and corpus belong together"
-        )
-    return np.array(usable)
