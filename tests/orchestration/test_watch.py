@@ -1,7 +1,10 @@
 """The sensors that look at the pointer and at failed refreshes."""
 
 import json
+import os
+import threading
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import dagster as dg
@@ -11,6 +14,7 @@ from assets.checkpoint import LIVE_POINTER
 from orchestration import journal
 from orchestration.defs import growth, sensors, watch
 from orchestration.defs.jobs import refresh_index
+from orchestration.resources import spool, tracking
 from realm_core.artifacts.publish import append_durably
 from realm_core.artifacts.store import Store
 from tests.orchestration import worlds
@@ -122,6 +126,33 @@ def test_a_crash_between_history_and_pointer_is_not_somebodys_hand(live: Store, 
     append_durably(live.home / "live.history.jsonl", {**last, "generation": 3})
     assert isinstance(tick(live, instance), dg.SensorResult)
     assert journal.alerts(live) == []
+
+
+def test_what_ended_processes_left_in_the_spool_is_sent_by_a_sensor_that_does_not_wait_for_it(
+    empty_store: Store, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, waited = threading.Event(), threading.Event()
+
+    class Slow(tracking.MlflowTracker):
+        def _connect(self) -> None:
+            waited.wait(60)
+
+        def _send(self, run: str, rows: list[dict[str, Any]]) -> None:
+            assert (run, [row["step"] for row in rows]) == ("r1", [1])
+            sent.set()
+
+    monkeypatch.setattr(watch, "tracker_for", lambda home: Slow("sqlite://", home / "mlflow" / "spool"))
+    monkeypatch.setattr(watch, "_tracker", cache(watch._tracker.__wrapped__))
+    context = dg.build_sensor_context(instance=instance, resources={"store": empty_store})
+    assert "nothing waits" in watch.spool_sensor(context).skip_message
+    rows = spool.Spool(empty_store.home / "mlflow" / "spool")
+    rows.append("r1", {"step": 1})
+    assert "nothing waits" in watch.spool_sensor(context).skip_message  # whoever wrote it may be about to send it
+    os.utime(rows.path("r1"), (0, 0))
+    assert watch.spool_sensor(context).skip_message == "sending what waits for MLflow: r1"
+    assert not sent.is_set()
+    waited.set()
+    assert sent.wait(60)
 
 
 @dg.op
