@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestration import journal, supervisor, trainer
+from orchestration import journal, report, supervisor, trainer
 from orchestration.report import steps_of
 from orchestration.resources.tracking import MlflowTracker
 from realm_core.artifacts.publish import read_json_lines
@@ -128,6 +128,7 @@ def test_a_tracker_that_is_down_stops_nothing_and_gets_every_row_later(
     wait_for(lambda: (back.flush(), not spooled(store))[1], "rows stay in the spool")
     run = back._connect().get_run(back.run_id("r1"))
     assert run.info.status == "FINISHED"
+    assert run.data.metrics["stalled_share"] == pytest.approx(report.training(store, "r1")["stalled_share"], abs=1e-4)
     history = back._connect().get_metric_history(run.info.run_id, "loss")
     assert sorted(row.step for row in history) == list(range(1, 61))
 

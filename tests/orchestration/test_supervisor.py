@@ -14,6 +14,8 @@ import pytest
 from orchestration import cli, journal, status, supervisor, trainer
 from orchestration.defs import watch
 from realm_core.artifacts.lease import HERE
+from realm_core.artifacts.manifest import Plan
+from realm_core.artifacts.publish import building
 from realm_core.artifacts.store import Store
 from realm_core.errors import BusyError
 from tests.orchestration import worlds
@@ -223,3 +225,15 @@ def test_looking_at_a_run_writes_nothing(empty_store: Store) -> None:
     assert not (empty_store.home / "trainer").exists()
     with empty_store.training_lease("r1").hold("a trainer of r1"):
         assert empty_store.trainer("r1").is_dir()
+
+
+@pytest.mark.parametrize(("stalled", "warned"), [(1.9, False), (2.1, True)])
+def test_the_status_warns_of_a_trainer_that_stands_still_for_more_than_a_fiftieth_of_its_time(
+    wanted: Store, stalled: float, warned: bool
+) -> None:
+    plan = Plan(stage="pretrain", code="1", config_digest="0" * 64)
+    with building(wanted.path("checkpoints", "r1-s0000004"), plan) as build:
+        build.commit({"step": 4}, record={"train_seconds": 100.0, "stall_seconds": stalled})
+    found = status.of(wanted, "r1")
+    assert (found["stalled_share"], found["stalled_too_long"]) == (pytest.approx(stalled / 100), warned)
+    assert ("warning     stalled for more than 2% of its time" in status.text(found)) == warned
