@@ -17,11 +17,14 @@ from orchestration.defs.jobs import bootstrap, refresh_index, start_training, tr
 from orchestration.resources import spool
 from orchestration.resources.tracking import MlflowTracker, tracker_for
 from orchestration.retraining import RETRAIN
+from realm_core.artifacts.keys import parse_key
 from realm_core.artifacts.store import Store
+from realm_core.ports import Tracker
 
 _SECONDS = home_settings().refresh.sensor_seconds
 _MINUTE = min(60, 4 * _SECONDS)  # what nobody waits for
 _LEFT_SECONDS = 60.0  # a spool file that nobody wrote to for so long is nobody's who still runs
+_TAG_LENGTH = 1000  # characters: a tracker takes no tag of any length
 
 
 @dg.sensor(minimum_interval_seconds=_SECONDS, default_status=dg.DefaultSensorStatus.RUNNING)
@@ -98,8 +101,10 @@ def pointer_sensor(
     minimum_interval_seconds=_SECONDS,
     default_status=dg.DefaultSensorStatus.RUNNING,
 )
-def refresh_failure_sensor(context: dg.RunFailureSensorContext, store: dg.ResourceParam[Store]) -> dg.SkipReason:
-    """Record why a refresh failed, and what is still live."""
+def refresh_failure_sensor(
+    context: dg.RunFailureSensorContext, store: dg.ResourceParam[Store], tracker: dg.ResourceParam[Tracker]
+) -> dg.SkipReason:
+    """Record why a refresh failed, and what is still live; the tracked training run is tagged with it."""
     run = context.dagster_run
     key = run.tags.get("dagster/partition", "?")
     error, said = refreshes.failure(context.instance, run.run_id)
@@ -109,6 +114,13 @@ def refresh_failure_sensor(context: dg.RunFailureSensorContext, store: dg.Resour
     journal.decide(store, key, None, "failed", why, **facts)
     metadata = {"failed": why, "run": run.run_id, "still_live": live.index if live else "nothing"}
     context.instance.report_runless_asset_event(dg.AssetObservation("mips_index", partition=key, metadata=metadata))
+    if key != "?":
+        tags = {
+            "last_failed_refresh": key,
+            "last_failed_refresh_reason": why[:_TAG_LENGTH],
+            "last_failed_refresh_run": run.run_id,
+        }
+        tracker.tag(parse_key(key)[0], tags)
     return dg.SkipReason(f"{key}: {why}; {metadata['still_live']} stays live")
 
 

@@ -17,6 +17,7 @@ from orchestration.defs.jobs import refresh_index
 from orchestration.resources import spool, tracking
 from realm_core.artifacts.publish import append_durably
 from realm_core.artifacts.store import Store
+from tests.assets.test_materialisation import MemoryTracker
 from tests.orchestration import worlds
 
 
@@ -168,14 +169,14 @@ def failing() -> None:
 def test_a_failed_refresh_is_recorded_with_its_reason_and_what_stays_live(
     live: Store, instance: dg.DagsterInstance
 ) -> None:
-    tags = {"dagster/partition": "r1-s0000008"}
+    tags, tracker = {"dagster/partition": "r1-s0000008"}, MemoryTracker()
     result = failing.execute_in_process(instance=instance, raise_on_error=False, tags=tags)
     context = dg.build_run_status_sensor_context(
         sensor_name="refresh_failure_sensor",
         dagster_instance=instance,
         dagster_run=result.dagster_run,
         dagster_event=result.get_run_failure_event(),
-        resources={"store": live},
+        resources={"store": live, "tracker": tracker},
     ).for_run_failure()
     said = watch.refresh_failure_sensor(context)
     assert said.skip_message == "r1-s0000008: the disk is full; r1-s0000004 stays live"
@@ -185,6 +186,11 @@ def test_a_failed_refresh_is_recorded_with_its_reason_and_what_stays_live(
     (record,) = instance.fetch_observations(dg.AssetKey("mips_index"), limit=5).records
     assert record.partition_key == "r1-s0000008"
     assert record.asset_observation.metadata["still_live"].value == "r1-s0000004"
+    assert tracker.tags["r1"] == {
+        "last_failed_refresh": "r1-s0000008",
+        "last_failed_refresh_reason": "the disk is full",
+        "last_failed_refresh_run": result.run_id,
+    }
 
 
 @pytest.mark.parametrize("content", ["garbage", '{"schema": 1}', "an index that is gone"])
