@@ -123,4 +123,5 @@ def _tell_mlflow(store: Store, live: Live, tracker: MlflowTracker) -> str:
     tracker.champion(run, version_card(store, live.index))
     tracker.tag(run, {"live_index": live.index, "live_index_digest": live.index_digest})
     tracker.sink(run).log(step, {"index/generation": float(live.generation)})
+    tracker.close(30.0)
     return "spooled until MLflow can be reached" if tracker.waiting else "champion"

@@ -8,6 +8,7 @@ from realm_core.artifacts.lease import UNSIGNED
 from realm_core.artifacts.store import Store
 
 _SHOWN = 3  # alerts
+STALLED_LIMIT = 0.02  # share of its time that a trainer may wait for refreshes and swaps
 
 
 def of(store: Store, run: str) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def of(store: Store, run: str) -> dict[str, Any]:
         "message": found.message,
         "last_step": steps[-1] if steps else None,
         "stalled_share": timing["stalled_share"],
+        "stalled_too_long": (timing["stalled_share"] or 0.0) > STALLED_LIMIT,
         "checkpoints": store.checkpoints(run),
         "foreign": store.foreign(),
         "alerts": [row for row in journal.alerts(store) if row.get("about", "").split("-s")[0] == run][-_SHOWN:],
@@ -49,6 +51,10 @@ def text(found: dict[str, Any]) -> str:
     lines.append(f"last step   {row.get('step', 'none')}{loss}{age}")
     if found["stalled_share"] is not None:
         lines.append(f"stalled     {found['stalled_share']:.2%} of its time for index swaps")
+    if found["stalled_too_long"]:
+        lines.append(
+            f"warning     stalled for more than {STALLED_LIMIT:.0%} of its time; is the disk of the indexes slow?"
+        )
     kept = found["checkpoints"]
     lines.append(f"checkpoints {len(kept)} kept" + (f", newest {kept[-1]}" if kept else ""))
     if found["foreign"]:

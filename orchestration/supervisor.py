@@ -69,7 +69,8 @@ def look(store: Store, run: str) -> Finding:
 
 
 def tend(store: Store, run: str, beats: dict[str, float]) -> Finding:
-    """Look at the trainer of `run` and do what is due. `beats` holds the heartbeats of the last look and is updated.
+    """Look at the trainer of `run` and do what is due. `beats` holds the heartbeats that the last look found too
+    old, and is updated.
 
     A dead trainer is started again; one that died too often is given up with an alert; one whose heart stands still, over
     two looks and for `supervise.stale_seconds`, is killed and started again by the next look.
@@ -114,14 +115,14 @@ def remember(store: Store, run: str, known: Supervision) -> None:
 
 
 def _heart(store: Store, run: str, holder: Holder, beats: dict[str, float]) -> Finding | None:
-    before, now = beats.get(run), holder.heartbeat
-    if now is None:
+    before, now = beats.pop(run, None), holder.heartbeat
+    if now is None or holder.age(time.time()) <= store.config().supervise.stale_seconds:
         return None
     beats[run] = now
-    # Over two looks: a machine that was asleep wakes up with a heartbeat that is old and a trainer that is well.
-    stale = before == now and holder.age(time.time()) > store.config().supervise.stale_seconds
+    # Too old at two looks: a machine that was asleep, or whose clock was put forward, finds an old heartbeat and a
+    # trainer that is well, and that has beaten by the second look.
     ours = holder.by == trainer.DETACHED or store.config().supervise.mode == "segments"
-    if not stale or not holder.here or not ours:
+    if before != now or not holder.here or not ours:
         return None
     with suppress(ProcessLookupError):
         os.kill(holder.pid, signal.SIGKILL)

@@ -161,8 +161,8 @@ def _train(store: Store, run: str, lease: Held) -> int:
     from realm_core.stages import pretrain
 
     folder, config, tracker = store.trainer(run), store.config(), tracker_for(store.home)
-    if run_id := tracker.start(run):
-        os.environ["REALM_MLFLOW_RUN_ID"] = run_id
+    # Checkpoints name the run; one that MLflow tells of only later stands in those that are made from then on.
+    tracker.start(run, known=lambda run_id: os.environ.update(REALM_MLFLOW_RUN_ID=run_id))
     error, finished, handed_over = None, False, _hand_over(store)
     try:
         newest = pretrain.run(

@@ -1,6 +1,9 @@
 """Sensors that look after what is there: trainers, runs whose process is gone, failed refreshes, and the live pointer."""
 
 import json
+import time
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -11,11 +14,17 @@ from assets.serving import pointer_event
 from assets.settings import home_settings
 from orchestration import journal, pointer_watch, reaper, refreshes, segments, supervisor
 from orchestration.defs.jobs import bootstrap, refresh_index, start_training, train_segment
+from orchestration.resources import spool
+from orchestration.resources.tracking import MlflowTracker, tracker_for
 from orchestration.retraining import RETRAIN
+from realm_core.artifacts.keys import parse_key
 from realm_core.artifacts.store import Store
+from realm_core.ports import Tracker
 
 _SECONDS = home_settings().refresh.sensor_seconds
 _MINUTE = min(60, 4 * _SECONDS)  # what nobody waits for
+_LEFT_SECONDS = 60.0  # a spool file that nobody wrote to for so long is nobody's who still runs
+_TAG_LENGTH = 1000  # characters: a tracker takes no tag of any length
 
 
 @dg.sensor(minimum_interval_seconds=_SECONDS, default_status=dg.DefaultSensorStatus.RUNNING)
@@ -92,8 +101,10 @@ def pointer_sensor(
     minimum_interval_seconds=_SECONDS,
     default_status=dg.DefaultSensorStatus.RUNNING,
 )
-def refresh_failure_sensor(context: dg.RunFailureSensorContext, store: dg.ResourceParam[Store]) -> dg.SkipReason:
-    """Record why a refresh failed, and what is still live."""
+def refresh_failure_sensor(
+    context: dg.RunFailureSensorContext, store: dg.ResourceParam[Store], tracker: dg.ResourceParam[Tracker]
+) -> dg.SkipReason:
+    """Record why a refresh failed, and what is still live; the tracked training run is tagged with it."""
     run = context.dagster_run
     key = run.tags.get("dagster/partition", "?")
     error, said = refreshes.failure(context.instance, run.run_id)
@@ -103,6 +114,13 @@ def refresh_failure_sensor(context: dg.RunFailureSensorContext, store: dg.Resour
     journal.decide(store, key, None, "failed", why, **facts)
     metadata = {"failed": why, "run": run.run_id, "still_live": live.index if live else "nothing"}
     context.instance.report_runless_asset_event(dg.AssetObservation("mips_index", partition=key, metadata=metadata))
+    if key != "?":
+        tags = {
+            "last_failed_refresh": key,
+            "last_failed_refresh_reason": why[:_TAG_LENGTH],
+            "last_failed_refresh_run": run.run_id,
+        }
+        tracker.tag(parse_key(key)[0], tags)
     return dg.SkipReason(f"{key}: {why}; {metadata['still_live']} stays live")
 
 
@@ -126,6 +144,22 @@ def training_failure_sensor(context: dg.RunFailureSensorContext, store: dg.Resou
     return dg.SkipReason(message)
 
 
+@dg.sensor(minimum_interval_seconds=_MINUTE, default_status=dg.DefaultSensorStatus.RUNNING)
+def spool_sensor(context: dg.SensorEvaluationContext, store: dg.ResourceParam[Store]) -> dg.SkipReason:
+    """Send to MLflow what processes left in the spool that ended while it was down. Never waits for it."""
+    left = spool.left_behind(store.home / "mlflow" / "spool", time.time() - _LEFT_SECONDS)
+    if not left:
+        return dg.SkipReason("nothing waits for MLflow that nobody else sends")
+    _tracker(store.home).flush(0.0)
+    return dg.SkipReason(f"sending what waits for MLflow: {', '.join(left)}")
+
+
+@cache
+def _tracker(home: Path) -> MlflowTracker:
+    """One for all looks: its thread goes on between them."""
+    return tracker_for(home)
+
+
 def _training_event(finding: supervisor.Finding) -> dg.AssetObservation:
     metadata: dict[str, Any] = {
         "run": finding.run,
@@ -143,4 +177,5 @@ ALL = [
     pointer_sensor,
     refresh_failure_sensor,
     training_failure_sensor,
+    spool_sensor,
 ]

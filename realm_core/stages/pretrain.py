@@ -5,7 +5,7 @@ The one stage whose output is a series: each checkpoint is an artifact of its ow
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,7 @@ class _Run:
         self.guard = CollapseGuard(watched.guard_window, watched.max_null_probability, watched.guard_utility_steps)
         self.window: list[dict[str, float]] = []
         self.since = 0
+        self.seconds, self.stalled = self._spent() if world.leads else (0.0, 0.0)
         self.bar = Progress(f"pretrain {name}", config.pretrain.steps)
 
     def train(self, first: int, last: int, should_stop: Callable[[], bool]) -> Manifest:
@@ -177,12 +178,27 @@ class _Run:
 
     def _after_step(self, done: int, metrics: dict[str, float]) -> None:
         self.window.append(metrics)
-        self.sink.log(done, metrics)
+        self.seconds += metrics["seconds"]
+        self.stalled += metrics["stall_seconds"]
+        due = done % self.config.pretrain.checkpoint_every == 0 or done == self.last
+        # Not among the metrics of the checkpoint: times differ from run to run, and its digest must not.
+        self.sink.log(done, metrics | ({"stalled_share": self.stalled / max(self.seconds, 1e-9)} if due else {}))
         self.guard.observe(done, metrics)
         if self.world.leads:
             self.bar.update(done, f"loss {metrics.get('loss', float('nan')):.3f} age {metrics['index_age']:.0f}")
-        if done % self.config.pretrain.checkpoint_every == 0 or done == self.last:
+        if due:
             self._publish(done)
+
+    def _spent(self) -> tuple[float, float]:
+        """(seconds this run has trained up to here, seconds of them that it waited for an index), from its checkpoints."""
+        trained = stalled = 0.0
+        for key in self.store.names("checkpoints"):
+            with suppress(RealmError):  # a checkpoint that is foreign or damaged stops no training
+                if parse_key(key)[0] == self.name:
+                    record = self.store.manifest("checkpoints", key).record
+                    trained += float(record.get("train_seconds", 0.0))
+                    stalled += float(record.get("stall_seconds", 0.0))
+        return trained, stalled
 
     def _publish(self, step: int) -> None:
         self.world.require_same(self.trainer.updater.parameters, f"weights of step {step}")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from realm_core.artifacts.manifest import MANIFEST, file_sha256, read_manifest
 from realm_core.artifacts.store import PRUNED, Store, checkpoint_key
 from realm_core.errors import ArtifactError, GateError
-from realm_core.index.version import open_version
+from realm_core.index.version import IndexVersion, open_version
 from realm_core.model.bundle import EMBEDDER
 from realm_core.model.device import resolve
 from realm_core.ports import NullSink
@@ -271,21 +271,74 @@ def test_promotions_at_once_move_the_pointer_once(home: Store, start_python: Cal
 
 def test_a_batch_of_questions_ends_on_the_version_it_began_with(home: Store) -> None:
     """The pointer moves, and files of the version disappear, while its questions are being searched."""
-    store, device = home, resolve(home.config().runtime)
-
-    def opened(key: str) -> object:
-        made = {"checkpoint": store.path("checkpoints", key), "corpus": store.newest("corpus")}
-        return open_version(store.path("indexes", key), **made, device=device)
-
-    version = opened(FIRST)
-    questions = version.corpus.tokenizer.batch_ids(["Which ship?", "Who wrote it?", "In which year?"])  # type: ignore[attr-defined]
-    before = version.search(questions, 5, None)  # type: ignore[attr-defined]
-    halves = [version.search(questions[:1], 5, None)]  # type: ignore[attr-defined]
+    store, version = home, opened(home, FIRST)
+    questions = version.corpus.tokenizer.batch_ids(["Which ship?", "Who wrote it?", "In which year?"])
+    before = version.search(questions, 5, None)
+    halves = [version.search(questions[:1], 5, None)]
     promote.run(store.config(), store=store, name=LATER)
     shutil.rmtree(store.path("indexes", FIRST))
-    halves.append(version.search(questions[1:], 5, None))  # type: ignore[attr-defined]
+    halves.append(version.search(questions[1:], 5, None))
     assert np.array_equal(np.concatenate(halves), before)
-    assert opened(store.require_live().index).digest != version.digest  # type: ignore[attr-defined]
+    assert opened(store, store.require_live().index).digest != version.digest
+
+
+# Again and again: opens what is live, asks questions one after the other, waits after the first until somebody has moved the
+# pointer, and tells what it found and where the pointer stood before and after.
+READER = """
+import json, sys
+from pathlib import Path
+from realm_core.artifacts.store import Store
+from tests.faults.test_refreshers import QUESTIONS, asked, opened
+
+store = Store.open(Path(sys.argv[1]))
+while True:
+    live = store.require_live()
+    version, found = opened(store, live.index), []
+    for question in QUESTIONS:
+        found += asked(version, question)
+        if len(found) == 1:
+            print("begun", flush=True)
+            if sys.stdin.readline() == "":
+                sys.exit()
+    now = store.require_live().generation
+    print(json.dumps({"digest": version.digest, "found": found, "generations": [live.generation, now]}), flush=True)
+"""
+QUESTIONS = ("Which ship?", "Who wrote it?", "In which year?")
+
+
+def opened(store: Store, key: str) -> IndexVersion:
+    made = {"checkpoint": store.path("checkpoints", key), "corpus": store.newest("corpus")}
+    return open_version(store.path("indexes", key), **made, device=resolve(store.config().runtime))
+
+
+def asked(version: IndexVersion, question: str) -> list[tuple[list[int], list[float]]]:
+    """Rows and scores of one question: random towers find the same rows, and no two the same scores."""
+    ids = version.corpus.tokenizer.batch_ids([question])
+    scores, rows = version.search_vectors(version.embed(ids, 16), 5)
+    return [(rows[0].tolist(), scores[0].tolist())]
+
+
+def test_every_batch_of_a_process_that_keeps_asking_is_answered_by_one_version_while_the_pointer_moves(
+    home: Store, start_python: Callable
+) -> None:
+    versions = [opened(home, key) for key in (FIRST, LATER)]
+    expected = {version.digest: [asked(version, text)[0] for text in QUESTIONS] for version in versions}
+    first, later = ([score for _, scores in found for score in scores] for found in expected.values())
+    assert not np.isclose(first, later, atol=1e-4).any(), "the versions cannot be told apart"
+    reader, batches = start_python(READER, home.home), []
+    for number in range(6):
+        assert reader.stdout.readline() == "begun\n", reader.stderr.read()
+        promote.run(home.config(), store=home, name=(LATER, FIRST)[number % 2], allow_older=True)
+        reader.stdin.write("go on\n")
+        reader.stdin.flush()
+        batches.append(json.loads(reader.stdout.readline()))
+    for batch in batches:
+        before, after = batch["generations"]
+        assert after == before + 1
+        for (rows, scores), (right_rows, right_scores) in zip(batch["found"], expected[batch["digest"]], strict=True):
+            assert rows == right_rows
+            assert np.allclose(scores, right_scores, atol=1e-5)
+    assert {batch["digest"] for batch in batches} == set(expected)
 
 
 def test_a_gate_without_the_metrics_it_needs_refuses_and_one_with_worse_ones_too(home: Store) -> None:

@@ -15,6 +15,7 @@ import dagster as dg
 import pytest
 
 from orchestration import pointer, production, services
+from orchestration.report import SENSOR_TAG
 from orchestration.resources.tracking import tracker_for
 from realm_core.artifacts import mirror
 from realm_core.artifacts.store import Store
@@ -136,6 +137,39 @@ def test_a_promotion_is_on_record_in_postgres_and_its_bytes_are_in_the_bucket(ho
     for words in (["pull", "--home", elsewhere], ["ask", "Which animal is it?", "--home", elsewhere, "--json"]):
         done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True, check=True, cwd=repository)
     assert json.loads(done.stdout)["index_digest"] == live.index_digest
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_checkpoint_goes_live_through_the_sensor_with_everything_on_the_servers(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One turn of the loop with a real daemon; nobody promotes by hand."""
+    services.prepare(store.home)
+    for name, value in services.environment(store.home).items():
+        monkeypatch.setenv(name, value)
+    with dg.DagsterInstance.get() as instance:
+        daemon = services.KeptDaemon(store.home)
+        with services.running(daemon):
+            deadline = time.monotonic() + 400
+            while not (runs := instance.get_runs(dg.RunsFilter(job_name="refresh_index"))) or not runs[0].is_finished:
+                daemon.keep()
+                assert time.monotonic() < deadline, daemon.log.read_text()[-3000:]
+                time.sleep(0.5)
+        (run,) = runs
+        assert run.is_success and run.tags[SENSOR_TAG] == "checkpoint_sensor"
+        (event,) = instance.fetch_materializations(dg.AssetKey("promoted_index"), limit=5).records
+    live = store.require_live()
+    assert (live.index, live.dagster_run_id) == (FIRST, run.run_id)
+    assert (event.partition_key, event.run_id) == (FIRST, run.run_id)
+    assert "not mirrored" not in str(event.asset_materialization.metadata["mirror"].value)
+    tracker = tracker_for(store.home)
+    tracker.flush(60)
+    from mlflow import MlflowClient
+
+    versions = MlflowClient(tracker.uri).search_model_versions(f"tags.`realm.index_digest` = '{live.index_digest}'")
+    assert [version.run_id for version in versions] == [tracker.run_id("r1")]
+    tracker.close(0)
+    assert not list(store.home.rglob("*.db")), "nothing may be left in SQLite"
 
 
 @pytest.mark.usefixtures("environment")

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,10 @@ def aliases(tracker: MlflowTracker, name: str = "realm") -> dict[str, str]:
 
 
 def down(store: Store) -> MlflowTracker:
-    return MlflowTracker("http://127.0.0.1:9", store.home / "mlflow" / "spool")
+    """One that never gets round to sending."""
+    tracker = MlflowTracker("http://127.0.0.1:9", store.home / "mlflow" / "spool")
+    tracker._not_before = time.monotonic() + 3600
+    return tracker
 
 
 def recorded(store: Store) -> list[str]:
@@ -171,6 +175,7 @@ def test_registering_twice_makes_one_version(tracked: Store) -> None:
     tracker = tracker_for(tracked.home)
     for _ in range(2):
         tracker.register("r1", version_card(tracked, LATER))
+        tracker.close(60)
     assert len(MlflowClient(tracker.uri).search_model_versions("name = 'realm'")) == 1
 
 
@@ -186,6 +191,7 @@ def test_two_homes_on_one_server_share_neither_runs_nor_models(
         tracker = tracker_for(store.home)
         tracker.sink("r1").log(1, {"loss": 1.0})
         tracker.champion("r1", version_card(store, FIRST))
+        tracker.close(60)
     client = MlflowClient(uri)
     (experiment,) = [each for each in client.search_experiments() if each.name == "realm"]
     runs = client.search_runs([experiment.experiment_id])

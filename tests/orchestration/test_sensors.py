@@ -138,6 +138,28 @@ def test_a_lost_cursor_asks_with_the_same_run_keys(daemon: Daemon) -> None:
     assert daemon.reported() == ["r1-s0000000", "r1-s0000004"]
 
 
+def test_a_clock_that_goes_back_asks_for_nothing_twice_and_overlooks_nothing(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = worlds.pretend_checkpoint(daemon.store, "r1", 0)
+    assert requested(daemon.tick()) == [first]
+    daemon.finish()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 7 * 86400)
+    for cursor in (daemon.cursor, None):  # a replayed tick, and one by a daemon that lost its cursor
+        daemon.cursor = cursor
+        assert isinstance(daemon.tick(), dg.SkipReason)
+    later = worlds.pretend_checkpoint(daemon.store, "r1", 4)
+    assert requested(daemon.tick()) == [later]
+    assert requested(daemon.tick()) == []
+    monkeypatch.setattr(time, "time", now)
+    assert requested(daemon.tick()) == []
+    daemon.finish()
+    assert isinstance(daemon.tick(), dg.SkipReason)
+    keys = [run.tags["dagster/run_key"].split(":")[1] for run in daemon.instance.get_runs()]
+    assert sorted(keys) == daemon.reported() == [first, later]
+
+
 def test_while_a_refresh_is_under_way_the_run_waits_and_then_asks_for_what_is_newest_by_then(daemon: Daemon) -> None:
     worlds.pretend_checkpoint(daemon.store, "r1", 0)
     assert requested(daemon.tick()) == ["r1-s0000000"]

@@ -14,6 +14,8 @@ import pytest
 from orchestration import cli, journal, status, supervisor, trainer
 from orchestration.defs import watch
 from realm_core.artifacts.lease import HERE
+from realm_core.artifacts.manifest import Plan
+from realm_core.artifacts.publish import building
 from realm_core.artifacts.store import Store
 from realm_core.errors import BusyError
 from tests.orchestration import worlds
@@ -27,6 +29,12 @@ def wanted(empty_store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
     (empty_store.trainer("r1") / trainer.STARTED).write_text('{"restarts": 0, "checkpoint": "r1-s0000000"}')
     monkeypatch.setattr("orchestration.trainer.sys.executable", shutil.which("false"))
     return empty_store
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as made:
+        yield made
 
 
 def operate(store: Store, **settings: Any) -> None:
@@ -129,6 +137,38 @@ def test_a_heart_that_stands_still_over_two_looks_is_put_down_where_a_signal_rea
         os.close(held)
 
 
+@pytest.mark.parametrize("jump", [-7 * 86400.0, 7 * 86400.0])
+def test_a_clock_that_jumps_gets_no_trainer_killed_that_is_well(
+    wanted: Store, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """The sensor itself, its cursor and the lease's record; the clock jumps between two looks, before the next heartbeat."""
+    monkeypatch.setattr(supervisor.os, "kill", lambda process, signum: pytest.fail("killed"))
+    now, context = time.time, dg.build_sensor_context(instance=instance, resources={"store": wanted})
+    lease = wanted.training_lease("r1")
+    held = lease.take("a trainer")
+
+    def beat_and_look(beats: bool) -> None:
+        if beats:
+            record = {"pid": 4321, "host": HERE, "by": trainer.DETACHED, "heartbeat": time.time(), "token": 1}
+            os.pwrite(held, json.dumps(record).encode(), 0)
+        found = watch.trainer_health_sensor(context)
+        assert isinstance(found, dg.SkipReason) and found.skip_message.startswith("r1 runs"), found
+
+    try:
+        beat_and_look(True)
+        beat_and_look(False)  # two looks between two heartbeats
+        monkeypatch.setattr(time, "time", lambda: now() + jump)
+        beat_and_look(False)
+        beat_and_look(True)
+        monkeypatch.setattr(time, "time", now)
+        beat_and_look(False)
+        beat_and_look(True)
+    finally:
+        os.close(held)
+    assert journal.alerts(wanted) == []
+    assert supervisor.supervision(wanted, "r1") == supervisor.Supervision(restarts=0, checkpoint="r1-s0000000")
+
+
 def test_an_alert_reaches_the_command_and_a_command_that_fails_is_noted(empty_store: Store, tmp_path: Path) -> None:
     script = tmp_path / "tell.sh"
     script.write_text(
@@ -149,12 +189,6 @@ def test_an_alert_reaches_the_command_and_a_command_that_fails_is_noted(empty_st
     said = [row["command"] for row in journal.alerts(empty_store)]
     assert said[0] == "ran" and said[1] == "failed with code 1"
     assert "No such file" in said[2] and "No closing quotation" in said[3]
-
-
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    with dg.DagsterInstance.ephemeral() as made:
-        yield made
 
 
 def test_the_health_sensor_shows_restarts_and_the_end_in_dagster(wanted: Store, instance: dg.DagsterInstance) -> None:
@@ -223,3 +257,15 @@ def test_looking_at_a_run_writes_nothing(empty_store: Store) -> None:
     assert not (empty_store.home / "trainer").exists()
     with empty_store.training_lease("r1").hold("a trainer of r1"):
         assert empty_store.trainer("r1").is_dir()
+
+
+@pytest.mark.parametrize(("stalled", "warned"), [(1.9, False), (2.1, True)])
+def test_the_status_warns_of_a_trainer_that_stands_still_for_more_than_a_fiftieth_of_its_time(
+    wanted: Store, stalled: float, warned: bool
+) -> None:
+    plan = Plan(stage="pretrain", code="1", config_digest="0" * 64)
+    with building(wanted.path("checkpoints", "r1-s0000004"), plan) as build:
+        build.commit({"step": 4}, record={"train_seconds": 100.0, "stall_seconds": stalled})
+    found = status.of(wanted, "r1")
+    assert (found["stalled_share"], found["stalled_too_long"]) == (pytest.approx(stalled / 100), warned)
+    assert ("warning     stalled for more than 2% of its time" in status.text(found)) == warned

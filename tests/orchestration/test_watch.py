@@ -1,7 +1,10 @@
 """The sensors that look at the pointer and at failed refreshes."""
 
 import json
+import os
+import threading
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import dagster as dg
@@ -11,8 +14,10 @@ from assets.checkpoint import LIVE_POINTER
 from orchestration import journal
 from orchestration.defs import growth, sensors, watch
 from orchestration.defs.jobs import refresh_index
+from orchestration.resources import spool, tracking
 from realm_core.artifacts.publish import append_durably
 from realm_core.artifacts.store import Store
+from tests.assets.test_materialisation import MemoryTracker
 from tests.orchestration import worlds
 
 
@@ -124,6 +129,33 @@ def test_a_crash_between_history_and_pointer_is_not_somebodys_hand(live: Store, 
     assert journal.alerts(live) == []
 
 
+def test_what_ended_processes_left_in_the_spool_is_sent_by_a_sensor_that_does_not_wait_for_it(
+    empty_store: Store, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, waited = threading.Event(), threading.Event()
+
+    class Slow(tracking.MlflowTracker):
+        def _connect(self) -> None:
+            waited.wait(60)
+
+        def _send(self, run: str, rows: list[dict[str, Any]]) -> None:
+            assert (run, [row["step"] for row in rows]) == ("r1", [1])
+            sent.set()
+
+    monkeypatch.setattr(watch, "tracker_for", lambda home: Slow("sqlite://", home / "mlflow" / "spool"))
+    monkeypatch.setattr(watch, "_tracker", cache(watch._tracker.__wrapped__))
+    context = dg.build_sensor_context(instance=instance, resources={"store": empty_store})
+    assert "nothing waits" in watch.spool_sensor(context).skip_message
+    rows = spool.Spool(empty_store.home / "mlflow" / "spool")
+    rows.append("r1", {"step": 1})
+    assert "nothing waits" in watch.spool_sensor(context).skip_message  # whoever wrote it may be about to send it
+    os.utime(rows.path("r1"), (0, 0))
+    assert watch.spool_sensor(context).skip_message == "sending what waits for MLflow: r1"
+    assert not sent.is_set()
+    waited.set()
+    assert sent.wait(60)
+
+
 @dg.op
 def broken() -> None:
     raise dg.Failure("the disk is full", metadata={"error": "ArtifactError"}, allow_retries=False)
@@ -137,14 +169,14 @@ def failing() -> None:
 def test_a_failed_refresh_is_recorded_with_its_reason_and_what_stays_live(
     live: Store, instance: dg.DagsterInstance
 ) -> None:
-    tags = {"dagster/partition": "r1-s0000008"}
+    tags, tracker = {"dagster/partition": "r1-s0000008"}, MemoryTracker()
     result = failing.execute_in_process(instance=instance, raise_on_error=False, tags=tags)
     context = dg.build_run_status_sensor_context(
         sensor_name="refresh_failure_sensor",
         dagster_instance=instance,
         dagster_run=result.dagster_run,
         dagster_event=result.get_run_failure_event(),
-        resources={"store": live},
+        resources={"store": live, "tracker": tracker},
     ).for_run_failure()
     said = watch.refresh_failure_sensor(context)
     assert said.skip_message == "r1-s0000008: the disk is full; r1-s0000004 stays live"
@@ -154,6 +186,11 @@ def test_a_failed_refresh_is_recorded_with_its_reason_and_what_stays_live(
     (record,) = instance.fetch_observations(dg.AssetKey("mips_index"), limit=5).records
     assert record.partition_key == "r1-s0000008"
     assert record.asset_observation.metadata["still_live"].value == "r1-s0000004"
+    assert tracker.tags["r1"] == {
+        "last_failed_refresh": "r1-s0000008",
+        "last_failed_refresh_reason": "the disk is full",
+        "last_failed_refresh_run": result.run_id,
+    }
 
 
 @pytest.mark.parametrize("content", ["garbage", '{"schema": 1}', "an index that is gone"])
