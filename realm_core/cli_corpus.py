@@ -206,6 +206,7 @@ _RATES = (
     "tagging_seconds",
     "sentences_per_second",
     "tagged_sentences_per_second",
+    "tagged_sentences_per_cpu_second",
     "resumed_blocks",
     "peak_mib",
 )

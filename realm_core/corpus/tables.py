@@ -28,7 +28,7 @@ def read_parquet(path: str | Path, on_error: str = "fail", tally: Tally | None =
     try:
         size, metadata = path.stat().st_size, pq.read_metadata(path)
         columns = _wanted(path, metadata.schema.to_arrow_schema().names)
-        refuse_bomb(path, size, _expanded_size(metadata, columns))
+        refuse_bomb(path, size, _expanded_size(metadata))
         flat = [column.path for column in metadata.schema if column.path in columns]
         with pq.ParquetFile(path, metadata=metadata, read_dictionary=flat) as file:
             for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
@@ -39,7 +39,7 @@ def read_parquet(path: str | Path, on_error: str = "fail", tally: Tally | None =
                         found, given_out = found + 1, given_out + len(document.title) + len(document.text)
                         refuse_bomb(path, size, given_out)
                         yield document
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the second: names of columns that are no text
         raise DataError(f"{path}: not a sound Parquet file ({str(error).splitlines()[0]}); fetch it again") from None
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
@@ -134,11 +134,12 @@ def _wanted(path: Path, names: list[str]) -> list[str]:
     return [name for name in _COLUMNS if name in names]
 
 
-def _expanded_size(metadata: pq.FileMetaData, columns: list[str]) -> int:
-    """Bytes that some columns have once they are expanded, as the file says; a dictionary counts once."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+def _expanded_size(metadata: pq.FileMetaData) -> int:
+    """Bytes that all columns have once they are expanded, as the file says; a dictionary counts once.
+
+    Not asked of the single columns: on a damaged file the library ends the process instead of raising.
+    """
+    return sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
 
 
 def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
@@ -153,6 +154,8 @@ def _values(column: pa.Array) -> Iterator[Any]:
         yield from map(_value, column)
         return
     for place in column.indices.to_pylist():
+        if place is not None and not 0 <= place < len(column.dictionary):
+            raise pa.ArrowInvalid("a value points beyond its dictionary")
         yield None if place is None else _value(column.dictionary[place])
 
 

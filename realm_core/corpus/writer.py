@@ -261,7 +261,7 @@ def _report(tally: Tally, total: Stats) -> dict[str, Any]:
 
 
 def _rates(total: Stats, reading: float, packing: float, workers: int) -> dict[str, Any]:
-    tagging = total.tagging_seconds
+    tagging, cpu = total.tagging_seconds, total.tagging_cpu_seconds
     return {
         "workers": workers,
         "reading_seconds": round(reading, 3),
@@ -269,4 +269,5 @@ def _rates(total: Stats, reading: float, packing: float, workers: int) -> dict[s
         "tagging_seconds": round(tagging, 3),  # of all workers together
         "sentences_per_second": round(total.sentences / max(packing, 1e-9), 1),
         "tagged_sentences_per_second": round(total.sentences / tagging, 1) if tagging else None,  # of one worker
+        "tagged_sentences_per_cpu_second": round(total.sentences / cpu, 1) if cpu else None,
     }

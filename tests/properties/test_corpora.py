@@ -1,11 +1,17 @@
 """What must hold for any dump, any page and any question: nothing is lost uncounted, offsets are true, order is no matter."""
 
+import bz2
+import gzip
 import random
 import tempfile
+from functools import cache
 from html import escape
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +20,9 @@ from realm_core.corpus.documents import Document, Tally
 from realm_core.corpus.mediawiki import read_mediawiki
 from realm_core.corpus.packing import as_plain
 from realm_core.corpus.shards import Corpus, write_shards
+from realm_core.corpus.sources import Source
 from realm_core.data.farmhash import fingerprint64
+from realm_core.errors import RealmError
 from realm_core.text.blocks import pack_document
 from realm_core.text.taggers import make_tagger
 from realm_core.text.tokenizer import Tokenizer, build_vocabulary
@@ -113,3 +121,53 @@ def test_the_fingerprint_is_that_of_the_compiled_library() -> None:
     for length in [*range(300), 511, 512, 513, 4097]:
         text = "".join(letters.choices("abcdefghijklmnopqrstuvwxyz é한", k=length))
         assert fingerprint64(text.encode()) == farmhash.fingerprint64(text)
+
+
+@cache
+def sound_files() -> dict[str, bytes]:
+    """A small sound file of every format, by the name it is read under."""
+    page = "<page><title>A</title><ns>0</ns><id>%d</id><revision><text>Rome [[is]] {{x}}.</text></revision></page>"
+    names = '<siteinfo><namespaces><namespace key="-2">M</namespace></namespaces></siteinfo>'
+    dump = f'<?xml version="1.0" encoding="utf-8"?><mediawiki version="0.11">{names}{page % 1}{page % 2}</mediawiki>'
+    lines = b'{"id": "a", "title": "Rome", "text": "It lies."}\n{"title": "B", "text": "\\u00e9 \\ud83d\\ude00"}\n'
+    table = BytesIO()
+    pq.write_table(pa.table({"id": ["a", "b"], "title": ["A", "A"], "text": ["Rome is old.", "Bee."]}), table)
+    return {
+        "d.xml": dump.encode(),
+        "d.xml.bz2": bz2.compress(dump.encode()),
+        "d.jsonl": lines,
+        "d.jsonl.gz": gzip.compress(lines),
+        "d.tsv": b'id\ttext\ttitle\n1\t"a ""b"""\tT\n2\tb\tU\n',
+        "d.parquet": table.getvalue(),
+    }
+
+
+PIECES_OF_TROUBLE = [
+    b"<", b">", b"&", b'"', b"\0", b"\xff", b"<!DOCTYPE x>", b"<![CDATA[", b"]]>", b"&#x110000;", b"\xc2\xb2", b"-", b"{", b"[",
+    b'encoding="rot13"', b"null", b"1e999", b"\\u", b"\t", b"\n", b"\r", b"-1", b"9" * 5000,
+    b"<namespace key='--1'>x</namespace>",
+]  # fmt: skip
+places, trouble = st.floats(0, 1), st.sampled_from(PIECES_OF_TROUBLE)
+changes = st.lists(st.tuples(places, st.integers(0, 12), st.one_of(trouble, st.binary(max_size=3))), max_size=6)
+
+
+@settings(deadline=None, max_examples=400, derandomize=True)  # a library that ends the process would do so every time
+@given(st.sampled_from(sorted(sound_files())), changes, st.sampled_from(["fail", "skip"]))
+def test_whatever_stands_in_a_file_is_documents_or_one_clear_error(
+    name: str, edits: list[tuple[float, int, bytes]], on_error: str
+) -> None:
+    content = bytearray(sound_files()[name])
+    for share, cut, put in edits:
+        place = int(share * len(content))
+        content[place : place + cut] = put
+    with tempfile.TemporaryDirectory() as scratch:
+        (path := Path(scratch, name)).write_bytes(content)
+        tally, message, documents = Tally(), "", list[Document]()
+        try:
+            documents = [as_plain(document) for document in Source.find(path).read(on_error, tally)]
+        except RealmError as error:
+            message = str(error)
+        if message:
+            assert message.startswith(str(path)) and len(message) < 1000 + len(str(path))
+        else:
+            assert len(documents) == tally.documents and tally.pages > 0
