@@ -13,7 +13,7 @@ from typing import Any
 
 import dagster as dg
 
-from orchestration import refreshes, report, services, supervisor, trainer
+from orchestration import journal, refreshes, report, services, supervisor, trainer
 from realm_core.artifacts import corpora
 from realm_core.artifacts.keys import checkpoint_of
 from realm_core.artifacts.lease import Lease
@@ -25,6 +25,7 @@ from realm_core.errors import ArtifactError, DataError, RealmError
 from realm_core.evaluate.report import JSON, write_report
 from realm_core.model.weight_files import require_start_weights
 from realm_core.stages import CODE
+from realm_core.stages.questions import require_readable
 
 RUN = "r1"
 _STOPPED = f"the trainer of {RUN} was asked to stop; run the same command again to go on"
@@ -45,6 +46,8 @@ def run(
     if pretrain_corpus is not None:
         sources["pretrain_corpus"] = str(pretrain_corpus.resolve())
     require_start_weights(config.model)
+    if not (home / "home.json").exists():
+        require_readable(config, questions)
     held = _alone_in(home)
     try:
         store = Store.create(home, config, sources, profile)
@@ -163,7 +166,7 @@ def failure_text(instance: dg.DagsterInstance, run_id: str) -> str | None:
 
 def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.KeptDaemon) -> None:
     """Wait until the trainer is done and its last checkpoint is settled: live, refused, or failed for good."""
-    seen: set[str] = set()
+    seen = {f"{alert['time']} {alert['message']}" for alert in journal.alerts(store)}
     deadline: float | None = None
     dead_since: float | None = None
     while True:
@@ -253,7 +256,12 @@ def _first_refresh_failed(store: Store, instance: dg.DagsterInstance) -> str | N
 
 
 def _tell_news(store: Store, seen: set[str]) -> None:
+    """Say what went live, and what alerts were raised since `seen` was begun."""
     live = store.live()
+    for alert in journal.alerts(store):
+        if (mark := f"{alert['time']} {alert['message']}") not in seen:
+            seen.add(mark)
+            _say(f"alert: {alert['message']}")
     if live is not None and live.index_digest not in seen:
         seen.add(live.index_digest)
         scored = store.has("evaluations", live.index)

@@ -1,5 +1,6 @@
 """The report of a training run, gathered from the store, Dagster's event log and the tracker."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +32,7 @@ def collect(store: Store, run: str, instance: dg.DagsterInstance, seconds: float
         "qa": {
             "bm25": _scores(store, "bm25"),
             "ict": _scores(store, checkpoint_key(run, 0)),
-            "realm": _scores(store, live.index) if live and parse_key(live.index)[1] > 0 else _no_scores(),
+            "realm": _trained_scores(store, keys, live.index if live else None),
         },
         "dagster_home": str(services.dagster_home(store.home)),
         "mlflow": {"tracking_uri": tracker.uri, "run_id": tracker.run_id(run)},
@@ -72,6 +73,13 @@ def _scores(store: Store, name: str) -> dict[str, Any]:
         return _no_scores()
     metrics = store.manifest("results", name).facts["metrics"]
     return {key: metrics.get(key) for key in _no_scores()}
+
+
+def _trained_scores(store: Store, keys: Sequence[str], live: str | None) -> dict[str, Any]:
+    """Scores of the live version, or where that is not scored (somebody went back to it) of the newest trained one that is."""
+    named = [live] if live and parse_key(live)[1] > 0 else []
+    scored = [key for key in (*named, *reversed(keys)) if store.has("results", key) and parse_key(key)[1] > 0]
+    return _scores(store, scored[0]) if scored else _no_scores()
 
 
 def _no_scores() -> dict[str, Any]:

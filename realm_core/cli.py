@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a verification failed, 2 something an operator can mend, 130 interrupted.
 """
 
+import io
 import json
 import signal
 import sys
@@ -208,6 +209,8 @@ def ask(
     from realm_core.answer import Answerer
     from realm_core.artifacts.store import Store
 
+    if any("\ud800" <= letter <= "\udfff" for letter in question):
+        raise DataError(f"question {question!a}: holds bytes that are no text here; pass it in the terminal's encoding")
     answer = Answerer.open(Store.open(home), as_of).ask(question, k)
     if as_json:
         print(json.dumps(answer.to_dict(), ensure_ascii=False))
@@ -226,6 +229,9 @@ def run(application: typer.Typer) -> None:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started us with SIGINT ignored
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows fewer letters shows them as escapes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = application(standalone_mode=False)
     except RealmError as error:

@@ -17,9 +17,7 @@ from realm_core.errors import ConfigError
 # How the loop is run, not what it computes: these sections may change under a home that trains. They touch no digest of a
 # checkpoint, snapshot, index or score; a verdict under another gate is given again (realm qualify --again).
 OPERATION = ("gate", "refresh", "retention", "supervise", "retrain")
-_SAVING = {"ict", "warmup", "reader"}  # sections whose checkpoint_every is that of interim states
-
-
+SAVING = {"ict", "warmup", "reader"}  # sections whose checkpoint_every is that of interim states
 RANDOM_MASK_RATE = 0.15  # share of a sentence's wordpieces that the random schemes mask, as in BERT
 
 
@@ -272,7 +270,7 @@ class EvaluateConfig(Section):
 class Config(Section):
     """Everything a stage may ask for."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     runtime: RuntimeConfig = RuntimeConfig()
     corpus: CorpusConfig = CorpusConfig()
     model: ModelConfig = ModelConfig()
@@ -345,10 +343,17 @@ class Config(Section):
             "evaluate.ks": max(self.evaluate.ks),
         }
         excess = {name: k for name, k in wanted.items() if k > blocks and name in (settings or wanted)}
-        if excess:
-            found = ", ".join(f"{name}={k}" for name, k in excess.items())
-            remedy = " ".join(f"--set {name}={f'[{blocks}]' if name == 'evaluate.ks' else blocks}" for name in excess)
-            raise ConfigError(f"{found}: more than the {blocks} blocks of the corpus; add documents, or pass {remedy}")
+        if not excess:
+            return
+        found = ", ".join(f"{name}={k}" for name, k in excess.items())
+        if "pretrain.candidates" in excess and blocks < 2:
+            raise ConfigError(
+                f"{found}: more than the {blocks} block of the corpus; add documents, two blocks are the least"
+            )
+        if "reader.searcher_beam" in excess and self.reader.reader_beam > blocks:
+            excess["reader.reader_beam"] = self.reader.reader_beam  # may not be larger than the other
+        remedy = " ".join(f"--set {name}={f'[{blocks}]' if name == 'evaluate.ks' else blocks}" for name in excess)
+        raise ConfigError(f"{found}: more than the {blocks} blocks of the corpus; add documents, or pass {remedy}")
 
     def digest(self, *sections: str) -> str:
         """sha256 of the named sections and the seed: what a stage's result depends on."""
@@ -382,6 +387,6 @@ def digest_of(values: Mapping[str, Any], *sections: str) -> str:
     chosen = {name: values[name] for name in ("seed", *sections)}
     if "runtime" in chosen:  # who computes a micro-batch changes the rounding of sums and nothing else
         chosen["runtime"] = {key: value for key, value in chosen["runtime"].items() if key != "processes"}
-    for name in _SAVING & chosen.keys():  # how often a state is saved changes nothing of the result
+    for name in SAVING & chosen.keys():  # how often a state is saved changes nothing of the result
         chosen[name] = {key: value for key, value in chosen[name].items() if key != "checkpoint_every"}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()

@@ -32,9 +32,9 @@ from realm_core.artifacts.keys import (
     require_run_name,
 )
 from realm_core.artifacts.lease import Lease
-from realm_core.artifacts.manifest import MANIFEST, PRUNED, QUARANTINED, Manifest, Plan, read_manifest
+from realm_core.artifacts.manifest import MANIFEST, PRUNED, QUARANTINED, Manifest, Plan, file_sha256, read_manifest
 from realm_core.artifacts.publish import append_durably, operator_error, read_json_lines, write_durably
-from realm_core.config import OPERATION, Config
+from realm_core.config import OPERATION, SAVING, Config
 from realm_core.errors import ArtifactError, ConfigError
 from realm_core.params import config_from
 
@@ -78,7 +78,7 @@ class Store:
 
     @classmethod
     def create(cls, home: Path, config: Config, sources: Mapping[str, str], profile: str) -> "Store":
-        """Create a home, or open it if it was made with the same settings and sources.
+        """Create a home, or open it if it was made with the same settings and sources; a source may have moved elsewhere.
 
         Until a training run has begun, other settings and sources simply take the place of the first ones: what was made
         from those stays as a version of its own. Later, only the sections of OPERATION may change, and a ConfigError names
@@ -96,6 +96,9 @@ class Store:
         if found == wanted:
             return store
         began = found if store.names("checkpoints") else None
+        if began:
+            moved = {kind: path for kind, path in sources.items() if store._was_made_from(kind, Path(path))}
+            began = {**began, "sources": began["sources"] | moved}
         if began and (difference := first_difference(_without_operation(began), _without_operation(wanted))):
             raise ConfigError(f"{home}: made with other settings: {difference}; pass them again or another --home")
         try:
@@ -104,6 +107,13 @@ class Store:
             raise ArtifactError(f"{home}: cannot be created ({error.strerror}); choose another --home") from None
         store.write_settings(wanted)
         return store
+
+    def _was_made_from(self, kind: str, source: Path) -> bool:
+        """Whether the content of this file is what versions of `kind` were made from, wherever the file lay then."""
+        if not source.is_file():
+            return False
+        digest = file_sha256(source)
+        return any(digest in read_manifest(self.path(kind, name)).sources.values() for name in self.names(kind))
 
     def write_settings(self, values: Mapping[str, Any]) -> None:
         """Replace the content of home.json; the settings that it held stay in settings.history.jsonl."""
@@ -518,6 +528,8 @@ def _drop_files(folder: Path) -> None:
 def _without_operation(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that may not change, with the defaults of keys that the version which wrote them did not know."""
     config = config_from(settings["config"], where="home.json").model_dump(mode="json")
+    for name in SAVING:
+        del config[name]["checkpoint_every"]
     return {**settings, "config": {name: values for name, values in config.items() if name not in OPERATION}}
 
 

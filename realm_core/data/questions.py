@@ -121,7 +121,11 @@ def _answers(record: dict[str, Any]) -> tuple[str, ...]:
     answers = [given] if isinstance(given, str) else given
     if not isinstance(answers, list):
         raise BadLine("wrong_type", f"the field {name!r} is {type(given).__name__}, expected a list of texts")
-    return tuple(checked_text(answer, name) for answer in answers)
+    # A blank alias, as TriviaQA has some, would be found in every passage.
+    texts = tuple(text for answer in answers if (text := checked_text(answer, name)).strip())
+    if not texts:
+        raise BadLine("no_answer", f"the field {name!r} holds no answer; give at least one or leave the question out")
+    return texts
 
 
 def _choice(record: dict[str, Any], name: str, known: tuple[str, ...]) -> str | None:

@@ -7,6 +7,7 @@ from realm_core.artifacts.manifest import Manifest, Plan, open_artifact, read_ma
 from realm_core.artifacts.publish import building, finished
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
+from realm_core.errors import ConfigError
 from realm_core.model.bundle import RealmModel, new_model
 from realm_core.model.device import resolve
 from realm_core.model.weight_files import weights_sha256
@@ -66,6 +67,11 @@ def run(config: Config, *, corpus: Path, out: Path, sink: MetricSink) -> Manifes
 
 def _start(config: Config, blocks: Corpus) -> RealmModel:
     start = load_start_weights(config.model, blocks.tokenizer.vocab_size)
+    if not start.has_mlm_head and config.model.weights != "random" and config.warmup.steps == 0:
+        raise ConfigError(
+            f"model.weights={config.model.weights}: no masked-LM head, and with warmup.steps=0 it would stay untrained; "
+            "set warmup.steps"
+        )
     model = new_model(config.model, start, blocks.tokenizer, config.seed)
     require_lengths(model, config)  # now, and not after hours of the first of three stages
     return model

@@ -42,6 +42,25 @@ def run(
     doing = plan(config, source=source, test=test, form=form)
     if done := finished(out, doing):
         return done
+    questions, dropped = _read(config, source, test, form)
+    counts = Counter(question.split for question in questions)
+    with building(out, doing) as build:
+        for split in SPLITS:
+            write_questions(build.folder / f"{split}.jsonl", [item for item in questions if item.split == split])
+        sink.log(0, {f"questions/{split}": counts[split] for split in SPLITS})
+        kinds = Counter(question.answer_type for question in questions)
+        facts = {"dropped": dict(sorted(dropped.items())), "answer_types": dict(sorted(kinds.items()))}
+        return build.commit({**{split: counts[split] for split in SPLITS}, **facts})
+
+
+def require_readable(config: Config, source: Path) -> None:
+    """Raise what `run` would say of this file, before hours are spent on the stages that come first."""
+    plan(config, source=source)
+    _read(config, source, None, "auto")
+
+
+def _read(config: Config, source: Path, test: Path | None, form: str) -> tuple[list[Question], Counter[str]]:
+    """(questions, how many were left out and why)."""
     dropped: Counter[str] = Counter()
     on_error = config.corpus.on_error
     questions = list(read_question_file(source, form, on_error=on_error, counts=dropped, test_tenth=test is None))
@@ -53,13 +72,7 @@ def run(
     for split in SPLITS:
         if not counts[split]:
             raise DataError(f"{source}: no {split} questions among {len(questions)}; add some, or a split field")
-    with building(out, doing) as build:
-        for split in SPLITS:
-            write_questions(build.folder / f"{split}.jsonl", [item for item in questions if item.split == split])
-        sink.log(0, {f"questions/{split}": counts[split] for split in SPLITS})
-        kinds = Counter(question.answer_type for question in questions)
-        facts = {"dropped": dict(sorted(dropped.items())), "answer_types": dict(sorted(kinds.items()))}
-        return build.commit({**{split: counts[split] for split in SPLITS}, **facts})
+    return questions, dropped
 
 
 def load(folder: Path, split: str) -> list[Question]:

@@ -136,6 +136,12 @@ def test_asking_for_more_passages_than_there_are_is_refused(realm: Callable, tin
     assert message == f"k=1000000: more than the {blocks} blocks of the corpus; ask for fewer"
 
 
+def test_a_question_of_bytes_that_are_no_text_is_refused(realm: Callable, tiny_home: Store) -> None:
+    assert "holds bytes that are no text here" in refused(
+        realm("ask", "\udcff\udcfe", "--home", tiny_home.home, "--json")
+    )
+
+
 def test_lineage_speaks_text_and_json(realm: Callable, tiny_home: Store) -> None:
     code, output, _ = realm("lineage", "--home", tiny_home.home)
     assert code == 0 and output.startswith(f"indexes/{FIRST}")

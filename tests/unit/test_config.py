@@ -176,6 +176,24 @@ def test_whatever_asks_for_more_blocks_than_there_are_is_named_with_what_would_d
         config.require_fits(2, "pretrain.candidates")
 
 
+@pytest.mark.parametrize("blocks", [2, 3, 7, 19])
+def test_the_remedy_for_a_corpus_that_is_too_small_is_one(blocks: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, "demo").require_fits(blocks)
+    remedy = [word for word in str(caught.value).split("or pass ")[1].split() if word != "--set"]
+    load_config(None, "demo", remedy).require_fits(blocks)
+
+
+def test_one_block_is_too_few_for_any_setting() -> None:
+    with pytest.raises(ConfigError, match="two blocks are the least"):
+        load_config(None, "tiny").require_fits(1)
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        load_config(None, "tiny", [f"seed={2**63}"])
+
+
 def test_the_demo_makes_an_index_version_of_at_least_three_checkpoints_after_the_first() -> None:
     config = load_config(DEFAULT_PARAMS, "demo")
     assert config.refresh.backlog == "all"

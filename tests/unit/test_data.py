@@ -237,9 +237,11 @@ def test_questions_are_read_with_and_without_the_optional_fields(tmp_path: Path)
         ({"question": " ", "answers": ["x"]}, "question is empty"),
         ({"question": "x", "answers": [1]}, "'answers' is int"),
         ({"question": "x", "answers": {"a": 1}}, "'answers' is dict"),
-        ({"question": "x", "answers": [], "split": "prod"}, "split is 'prod'"),
-        ({"question": "x", "answers": [], "answer_type": ["regex"]}, "answer_type is"),
-        ({"id": "a", "question": "x", "answers": []}, "'a' occurred before"),
+        ({"question": "x", "answers": []}, "'answers' holds no answer; give at least one"),
+        ({"question": "x", "answers": [" "]}, "'answers' holds no answer"),
+        ({"question": "x", "answers": ["x"], "split": "prod"}, "split is 'prod'"),
+        ({"question": "x", "answers": ["x"], "answer_type": ["regex"]}, "answer_type is"),
+        ({"id": "a", "question": "x", "answers": ["x"]}, "'a' occurred before"),
         ("nonsense", "not JSON"),
     ],
 )
@@ -261,12 +263,17 @@ def test_no_questions_is_an_error_and_an_unknown_split_too(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["q.jsonl", "q.jsonl.gz"])
 def test_written_questions_are_read_back_and_equal_bytes_come_out(tmp_path: Path, name: str) -> None:
-    questions = [Question("1", "Où?", ("là", ""), "string", "dev"), Question("2", "x\u2028?", (), "sentence", "test")]
+    questions = [Question("1", "Où?", ("là",), "string", "dev"), Question("2", "x\u2028?", ("y",), "sentence", "test")]
     write_questions(tmp_path / name, questions)
     first = (tmp_path / name).read_bytes()
     write_questions(tmp_path / name, iter(questions))
     assert (tmp_path / name).read_bytes() == first
     assert list(read_questions(tmp_path / name)) == questions
+
+
+def test_blank_aliases_are_no_answers(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "q.jsonl", {"question": "x", "answers": ["a", " ", ""]})
+    assert [question.answers for question in read_questions(path)] == [("a",)]
 
 
 def test_a_test_tenth_leaves_the_dev_questions_alone() -> None:

@@ -363,6 +363,23 @@ def test_a_reader_of_another_start_is_refused_in_the_evaluation(tiny_home: Store
         )
 
 
+def test_what_the_gate_and_the_report_need_is_scored_whatever_else_is_asked(tiny_home: Store, tmp_path: Path) -> None:
+    made = evaluate.run(
+        set_config("evaluate.ks=[3]"),
+        index=None,
+        checkpoint=None,
+        reader=tiny_home.path("sparse_readers", "v0001"),
+        reader_start=tiny_home.path("ict", "v0001"),
+        corpus=tiny_home.path("corpus", "v0001"),
+        questions=tiny_home.path("questions", "v0001"),
+        split="dev",
+        out=tmp_path / "e",
+        sink=SINK,
+    )
+    assert {"recall_at_3", "recall_at_5", "recall_at_20"} <= made.facts["metrics"].keys()
+    assert made.facts["metrics"]["recall_at_3"] <= made.facts["metrics"]["recall_at_5"]
+
+
 def test_an_evaluation_keeps_every_prediction_with_its_evidence(tiny_home: Store) -> None:
     made = tiny_home.manifest("evaluations", LATER)
     rows = [

@@ -5,12 +5,12 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from realm_core.artifacts.manifest import MANIFEST, PRUNED, Plan, read_manifest
+from realm_core.artifacts.manifest import MANIFEST, PRUNED, Plan, file_sha256, read_manifest
 from realm_core.artifacts.publish import append_durably, building
 from realm_core.artifacts.store import Store, checkpoint_key, parse_key
 from realm_core.errors import ArtifactError, ConfigError
@@ -74,6 +74,25 @@ def test_other_settings_for_a_home_with_a_training_run_are_refused_by_name(store
         Store.create(store.home, load_config(None, "tiny", ["seed=8"]), SOURCES, "tiny")
     with pytest.raises(ConfigError, match=r"sources\.corpus is '/data/c.jsonl' there, '/else' now"):
         Store.create(store.home, TINY, {**SOURCES, "corpus": "/else"}, "tiny")
+
+
+def test_a_source_may_move_if_its_content_stays(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "moved.jsonl").write_text("documents")
+    digest = file_sha256(tmp_path / "moved.jsonl")
+    with building(store.path("corpus", "v0001"), replace(plan(), sources={"documents": digest})) as build:
+        build.commit({})
+    make(store, "checkpoints", "r1-s0000000")
+    moved = {**SOURCES, "corpus": str(tmp_path / "moved.jsonl")}
+    assert Store.create(store.home, TINY, moved, "tiny").source("corpus") == tmp_path / "moved.jsonl"
+    (tmp_path / "other.jsonl").write_text("other documents")
+    with pytest.raises(ConfigError, match=r"sources\.corpus is .*moved.jsonl' there, .*other.jsonl' now"):
+        Store.create(store.home, TINY, {**SOURCES, "corpus": str(tmp_path / "other.jsonl")}, "tiny")
+
+
+def test_how_often_interim_states_are_saved_may_change(store: Store) -> None:
+    make(store, "checkpoints", "r1-s0000000")
+    changed = load_config(None, "tiny", ["ict.checkpoint_every=7", "reader.checkpoint_every=7"])
+    assert Store.create(store.home, changed, SOURCES, "tiny").config() == changed
 
 
 def test_a_folder_that_is_no_home_says_how_to_make_one(tmp_path: Path) -> None:
