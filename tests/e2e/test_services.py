@@ -51,7 +51,9 @@ def test_it_serves_dagster_and_mlflow_on_loopback_until_ctrl_c(
         "refresh_failure_sensor": "RUNNING",
         "retrain_sensor": "RUNNING",
         "segment_sensor": "RUNNING",
+        "spool_sensor": "RUNNING",
         "trainer_health_sensor": "RUNNING",
+        "training_failure_sensor": "RUNNING",
     }
     page = home.wait_for(answers(f"http://127.0.0.1:{mlflow_port}/"), "MLflow does not answer", up)
     assert "MLflow" in page
