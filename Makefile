@@ -5,7 +5,7 @@ PYTEST ?= $(BIN)/pytest
 ARGS ?=
 # Tests run in so many processes, in the order of the files: the long end-to-end ones come early. WORKERS=0 for a debugger.
 WORKERS ?= 2
-PARALLEL = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 UV := uv==0.13.9
 RESOLVE := .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
 	--custom-compile-command "make constraints" $(if $(UPGRADE),--upgrade)

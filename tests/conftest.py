@@ -17,12 +17,21 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 ARTICLES = 40  # of the bundled encyclopedia; enough questions for all three splits
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, those of a file share one, and so do all that look at the finished home."""
-    for item in items:
-        shared = "finished" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("finished" if shared else str(item.path)))
+# All of these look at one finished home, which takes a minute or two to make.
+_OF_THE_FINISHED_HOME = {f"tests/e2e/test_{name}.py" for name in ("browser", "growth", "main_job", "services")}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where tests run in several processes, those of a file share one, and so do those of the finished home."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = super()._split_scope(nodeid)
+            return "the finished home" if path in _OF_THE_FINISHED_HOME else path
+
+    return ByFile(config, log)
 
 
 def _optional_folder(variable: str, beside: str) -> Path:
