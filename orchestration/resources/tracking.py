@@ -146,6 +146,8 @@ class MlflowTracker:
             self._do(self._send_unsent)
 
     def _do(self, job: Callable[[], None]) -> None:
+        if self._thread is None:
+            _import_mlflow(self.uri)
         with self._mutex:
             if self._thread is None or not self._thread.is_alive():  # not alive: this process was forked
                 self._connected_by = time.monotonic() + _IMPORT_SECONDS
@@ -293,6 +295,18 @@ class MlflowTracker:
         self._runs.clear()  # somebody may have deleted them
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning("MLflow at %s: %s; metrics are spooled in %s and sent later", self.uri, first_line, self.spool)
+
+
+def _import_mlflow(uri: str) -> None:
+    """Import what the thread will need in the caller's: two threads that import SQLAlchemy at once, as Dagster does too, may see
+    half of it. What is wrong with an import is said by the job that needs it."""
+    with suppress(Exception):
+        import mlflow.entities
+        import mlflow.pyfunc
+
+        if not uri.startswith("http"):
+            import mlflow.store.model_registry.sqlalchemy_store
+            import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
 class _RunSink:
