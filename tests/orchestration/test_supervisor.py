@@ -4,14 +4,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
 
-from orchestration import cli, journal, status, supervisor, trainer
+from orchestration import journal, status, supervisor, trainer
 from orchestration.defs import watch
 from realm_core.artifacts.lease import HERE
 from realm_core.artifacts.manifest import Plan
@@ -240,13 +240,15 @@ def test_a_foreign_folder_does_not_stop_supervision_and_is_named(wanted: Store) 
 
 @pytest.mark.parametrize("command", ["status", "stop"])
 def test_to_ask_about_a_run_that_never_began_is_an_error_and_leaves_nothing(
-    wanted: Store, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    empty_store: Store, command: str, start_python: Callable
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["realm", "train", command, "--run", "r9", "--home", str(wanted.home)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    assert capsys.readouterr().err == f"error: {wanted.home}: no training run r9; there is r1\n"
+    wanted = empty_store
+    worlds.pretend_checkpoint(wanted, "r1", 0)
+    # In a process of its own: this command line puts its commands in the place of the library's.
+    code = "import sys; from orchestration import cli; sys.argv[0] = 'realm'; cli.main()"
+    process = start_python(code, "train", command, "--run", "r9", "--home", str(wanted.home))
+    assert process.communicate()[1] == f"error: {wanted.home}: no training run r9; there is r1\n"
+    assert process.returncode == 2
     assert wanted.runs() == ["r1"]
 
 
