@@ -232,7 +232,7 @@ def test_norms_that_exploded_are_in_the_verdict(home: Store) -> None:
 PROMOTER = """
 import os, signal, sys
 from pathlib import Path
-from realm_core.artifacts import store as module
+from realm_core.artifacts import pointer as module
 from realm_core.artifacts.store import Store
 from realm_core.stages import promote
 

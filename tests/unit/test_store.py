@@ -3,15 +3,14 @@
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from realm_core.artifacts.manifest import MANIFEST, PRUNED, Plan, file_sha256, read_manifest
-from realm_core.artifacts.publish import append_durably, building
+from realm_core.artifacts.publish import building
 from realm_core.artifacts.store import Store, checkpoint_key, parse_key
 from realm_core.errors import ArtifactError, ConfigError
 from realm_core.params import load_config
@@ -85,6 +84,11 @@ def test_a_source_may_move_if_its_content_stays(store: Store, tmp_path: Path) ->
     moved = {**SOURCES, "corpus": str(tmp_path / "moved.jsonl")}
     assert Store.create(store.home, TINY, moved, "tiny").source("corpus") == tmp_path / "moved.jsonl"
     (tmp_path / "other.jsonl").write_text("other documents")
+    added = {
+        "added": file_sha256(tmp_path / "other.jsonl")
+    }  # to the corpus later, which makes it no source of the home
+    with building(store.path("corpus", "v0002"), replace(plan("grow"), sources=added)) as build:
+        build.commit({})
     with pytest.raises(ConfigError, match=r"sources\.corpus is .*moved.jsonl' there, .*other.jsonl' now"):
         Store.create(store.home, TINY, {**SOURCES, "corpus": str(tmp_path / "other.jsonl")}, "tiny")
 
@@ -239,115 +243,8 @@ def test_runs_are_those_with_a_checkpoint_or_a_trainer(store: Store) -> None:
     assert store.runs() == ["r1", "r2"]
 
 
-# --- the live pointer ------------------------------------------------------------------------------------------------
-
-
 def move(store: Store, index: str, reason: str = "better") -> None:
     store.move_live(index, f"digest of {index}", f"checkpoint of {index}", reason, None)
-
-
-def test_nothing_is_live_at_first(store: Store) -> None:
-    assert store.live() is None
-    with pytest.raises(ArtifactError, match="no index is live yet; run realm demo, realm run, or promote one"):
-        store.require_live()
-
-
-def test_generations_count_and_the_history_keeps_every_move(store: Store) -> None:
-    for step in (0, 4, 2):
-        move(store, checkpoint_key("r1", step), f"step {step}")
-    history = store.live_history()
-    assert [(live.generation, live.reason) for live in history] == [(1, "step 0"), (2, "step 4"), (3, "step 2")]
-    assert history[-1] == store.live()
-
-
-def test_the_history_only_grows(store: Store) -> None:
-    path = store.home / "live.history.jsonl"
-    before = b""
-    for step in range(4):
-        move(store, checkpoint_key("r1", step))
-        now = path.read_bytes()
-        assert now.startswith(before) and len(now) > len(before)
-        before = now
-
-
-def test_a_move_that_a_crash_cut_short_costs_no_generation_number(store: Store) -> None:
-    move(store, "r1-s0000000")
-    lost = {**asdict(store.require_live()), "generation": 2, "index": "r1-s0000004"}
-    append_durably(store.home / "live.history.jsonl", lost)  # the crash came before live.json
-    move(store, "r1-s0000008")
-    assert [live.generation for live in store.live_history()] == [1, 2, 3]
-    assert store.require_live().generation == 3
-
-
-@pytest.mark.parametrize("text", ["", '{"index": "r1', "[]", '{"schema": 1}'])
-def test_a_damaged_pointer_is_refused_and_the_named_remedy_works(store: Store, text: str) -> None:
-    move(store, "r1-s0000004")
-    (store.home / "live.json").write_text(text)
-    with pytest.raises(ArtifactError, match=r"damaged; put the last line of live\.history\.jsonl in its place"):
-        store.live()
-    (store.home / "live.json").write_text((store.home / "live.history.jsonl").read_text().splitlines()[-1])
-    assert store.require_live().index == "r1-s0000004"
-
-
-def test_a_pointer_of_a_newer_schema_is_refused(store: Store) -> None:
-    move(store, "r1-s0000004")
-    values = json.loads((store.home / "live.json").read_text())
-    (store.home / "live.json").write_text(json.dumps({**values, "schema": 2, "new": 1}))
-    with pytest.raises(ArtifactError, match="schema 2, this code reads 1; use the version that wrote it"):
-        store.live()
-
-
-def test_readers_never_see_half_a_move(store: Store, start_python: Callable) -> None:
-    code = """
-import sys
-from pathlib import Path
-from realm_core.artifacts.store import Store, checkpoint_key
-store = Store.open(Path(sys.argv[1]))
-for step in range(int(sys.argv[2])):
-    key = checkpoint_key("r1", step)
-    store.move_live(key, f"digest of {key}", f"checkpoint of {key}", "x" * 3000, None)
-"""
-    moves = 60
-    seen: set[int] = set()
-    stop = threading.Event()
-    problems: list[BaseException] = []
-
-    def read() -> None:
-        try:
-            while not stop.is_set():
-                if (live := store.live()) is not None:
-                    assert live.index_digest == f"digest of {live.index}"
-                    assert live.generation == parse_key(live.index)[1] + 1
-                    seen.add(live.generation)
-        except BaseException as problem:
-            problems.append(problem)
-
-    readers = [threading.Thread(target=read) for _ in range(2)]
-    writer = start_python(code, store.home, moves)
-    for reader in readers:
-        reader.start()
-    _, problem = writer.communicate()
-    stop.set()
-    for reader in readers:
-        reader.join()
-    assert (problem, problems) == ("", [])
-    assert len(seen) > 1
-    assert [live.generation for live in store.live_history()] == list(range(1, moves + 1))
-
-
-def test_two_writers_give_every_generation_once(store: Store, start_python: Callable) -> None:
-    code = """
-import sys
-from pathlib import Path
-from realm_core.artifacts.store import Store
-store = Store.open(Path(sys.argv[1]))
-for step in range(20):
-    store.move_live("r1-s0000000", "digest", "checkpoint", "better", None)
-"""
-    writers = [start_python(code, store.home) for _ in range(2)]
-    for writer in writers:
-        assert writer.communicate()[1] == ""
-    assert sorted(live.generation for live in store.live_history()) == list(range(1, 41))
 
 
 # --- retention -------------------------------------------------------------------------------------------------------
@@ -427,45 +324,6 @@ def test_retention_does_not_wait_for_a_refresh_that_a_later_step_overtook(store:
     started(store, keys[2])
     move(store, keys[1])
     assert store.prune_checkpoints("r1", keep=1, spare=set()) == [keys[0]]
-
-
-@pytest.mark.parametrize(
-    ("moves", "target"),
-    [
-        ("0", None),
-        ("0 4", "0"),
-        ("0 4 8", "4"),
-        ("0 4 8 4", "0"),  # gone back once: the bad one is not gone back to
-        ("0 4 8 4 0", None),
-        ("0 4 8 4 12", "4"),
-        ("0 4 8 4 8", "4"),  # made live again after all
-        ("0 4 8 6", "4"),  # gone back to one that was never live
-        ("0 4 8 2", "0"),
-    ],
-)
-def test_a_rollback_goes_back_to_what_nobody_went_back_from(store: Store, moves: str, target: str | None) -> None:
-    for step in moves.split():
-        move(store, checkpoint_key("r1", int(step)))
-    found = store.rollback_target()
-    assert (found.index if found else None) == (checkpoint_key("r1", int(target)) if target else None)
-
-
-def test_a_rollback_of_an_edited_pointer_goes_to_what_the_last_promotion_made_live(store: Store) -> None:
-    for step in (0, 4, 8):
-        move(store, checkpoint_key("r1", step))
-    values = json.loads((store.home / "live.json").read_text())
-    (store.home / "live.json").write_text(json.dumps({**values, "index": "r1-s0000004"}))
-    found = store.rollback_target()
-    assert found is not None and found.index == "r1-s0000008"
-
-
-def test_a_move_that_a_crash_cut_short_is_not_gone_back_to(store: Store) -> None:
-    for step in (0, 4):
-        move(store, checkpoint_key("r1", step))
-    lost = {**asdict(store.require_live()), "generation": 3, "index": "r1-s0000008"}
-    append_durably(store.home / "live.history.jsonl", lost)
-    found = store.rollback_target()
-    assert found is not None and found.index == "r1-s0000000"
 
 
 def test_checkpoints_lose_nothing_while_the_pointer_cannot_be_read(store: Store) -> None:
