@@ -11,7 +11,7 @@ from orchestration import services
 from orchestration.resources.tracking import tracker_for
 from realm_core.artifacts.publish import read_json_lines
 from realm_core.artifacts.store import Store, checkpoint_key, parse_key
-from realm_core.evaluate.versions import describe
+from realm_core.evaluate.versions import describe, training_time
 
 SENSOR_TAG = "dagster/sensor_name"
 SCHEDULE_TAG = "dagster/schedule_name"
@@ -88,11 +88,7 @@ def _no_scores() -> dict[str, Any]:
 
 def training(store: Store, run: str) -> dict[str, Any]:
     """How long the trainer computed, and how long it stood still because of refreshes and index swaps, in seconds."""
-    records = [
-        store.manifest("checkpoints", key).record for key in store.keys("checkpoints") if parse_key(key)[0] == run
-    ]
-    seconds = sum(record.get("train_seconds", 0.0) for record in records)
-    stalled = sum(record.get("stall_seconds", 0.0) for record in records)
+    seconds, stalled = training_time(store, run)
     return {
         "run": run,
         "seconds": round(seconds, 2),

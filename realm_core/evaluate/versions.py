@@ -1,6 +1,7 @@
 """Index versions side by side: a list of all of them, and what changed from one to another. Read from manifests."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -12,6 +13,7 @@ from realm_core.artifacts.manifest import PRUNED, Manifest
 from realm_core.artifacts.settings import differences, settings_of
 from realm_core.artifacts.store import Live, Store, parse_key
 from realm_core.corpus.shards import Corpus
+from realm_core.errors import ArtifactError
 from realm_core.evaluate.drift import measures
 
 METRICS = ("recall_vs_exact", "recall_at_5", "exact_match", "null_probability", "utility", "loss")
@@ -52,6 +54,19 @@ def describe(store: Store, name: str) -> dict[str, Any]:
         "mlflow_run_id": checkpoint.record.get("mlflow_run_id") if checkpoint else None,
         "git": index.record.get("git"),
     }
+
+
+def training_time(store: Store, run: str) -> tuple[float, float]:
+    """(seconds that a training run computed, seconds of them that it waited for an index), from its checkpoints. One that is
+    damaged is left out: nobody stops for a figure."""
+    seconds = stalled = 0.0
+    for key in store.keys("checkpoints"):
+        if parse_key(key)[0] == run:
+            with suppress(ArtifactError):
+                record = store.manifest("checkpoints", key).record
+                seconds += float(record.get("train_seconds", 0.0))
+                stalled += float(record.get("stall_seconds", 0.0))
+    return seconds, stalled
 
 
 def verdict_text(verdict: Manifest | None) -> str:

@@ -5,7 +5,7 @@ The one stage whose output is a series: each checkpoint is an artifact of its ow
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from realm_core.artifacts.store import Store, checkpoint_key, parse_key
 from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.errors import ArtifactError, ConfigError, RealmError
+from realm_core.evaluate.versions import training_time
 from realm_core.model.bundle import RealmModel
 from realm_core.model.device import resolve
 from realm_core.model.world import World
@@ -123,7 +124,7 @@ class _Run:
         self.guard = CollapseGuard(watched.guard_window, watched.max_null_probability, watched.guard_utility_steps)
         self.window: list[dict[str, float]] = []
         self.since = 0
-        self.seconds, self.stalled = self._spent() if world.leads else (0.0, 0.0)
+        self.seconds, self.stalled = training_time(store, name) if world.leads else (0.0, 0.0)
         self.bar = Progress(f"pretrain {name}", config.pretrain.steps)
 
     def train(self, first: int, last: int, should_stop: Callable[[], bool]) -> Manifest:
@@ -188,17 +189,6 @@ class _Run:
             self.bar.update(done, f"loss {metrics.get('loss', float('nan')):.3f} age {metrics['index_age']:.0f}")
         if due:
             self._publish(done)
-
-    def _spent(self) -> tuple[float, float]:
-        """(seconds this run has trained up to here, seconds of them that it waited for an index), from its checkpoints."""
-        trained = stalled = 0.0
-        for key in self.store.names("checkpoints"):
-            with suppress(RealmError):  # a checkpoint that is foreign or damaged stops no training
-                if parse_key(key)[0] == self.name:
-                    record = self.store.manifest("checkpoints", key).record
-                    trained += float(record.get("train_seconds", 0.0))
-                    stalled += float(record.get("stall_seconds", 0.0))
-        return trained, stalled
 
     def _publish(self, step: int) -> None:
         self.world.require_same(self.trainer.updater.parameters, f"weights of step {step}")
