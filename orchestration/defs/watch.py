@@ -134,6 +134,8 @@ def training_failure_sensor(context: dg.RunFailureSensorContext, store: dg.Resou
     run = context.dagster_run
     if refreshes.goes_on(run):
         return dg.SkipReason(f"{run.job_name}: run {run.run_id} is tried again")
+    if run.job_name == segments.JOB and store.config().supervise.mode == "segments":
+        return dg.SkipReason(f"{run.job_name}: segment_sensor asks for it again, or gives it up with an alert")
     error, said = refreshes.failure(context.instance, run.run_id)
     why = said or context.failure_event.message or "its process died"
     about = run.tags.get("dagster/partition") or run.tags.get(RETRAIN) or run.job_name

@@ -256,6 +256,16 @@ def test_a_failure_that_the_daemon_tries_again_is_no_alert(live: Store, instance
     assert journal.alerts(live) == []
 
 
+def test_a_segment_that_the_sensor_asks_for_again_is_no_alert(live: Store, instance: dg.DagsterInstance) -> None:
+    values = live.settings()
+    values["config"]["supervise"]["mode"] = "segments"
+    (live.home / "home.json").write_text(json.dumps(values))
+    tags = {"dagster/partition": "r1-s0000008"}
+    said = watch.training_failure_sensor(failed_run("train_segment", instance, tags), store=live)
+    assert "segment_sensor asks for it again" in said.skip_message
+    assert journal.alerts(live) == []
+
+
 def test_every_job_that_training_needs_is_watched_for_failures() -> None:
     jobs = {job.name for sensor in watch.ALL if "failure" in sensor.name for job in sensor._monitored_jobs}
     assert jobs == {"refresh_index", "bootstrap", "start_training", "train_segment"}
