@@ -138,7 +138,9 @@ print(schedule.default_status.value, schedule.description, len(defs.get_reposito
     environment = {**os.environ, "REALM_HOME": str(empty_store.home)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("STOPPED Off: retrain.cron: minute '99': expected") and "True" in done.stdout
+    assert (
+        done.stdout.startswith("STOPPED Off: retrain.cron: [99 99 * * *] is not acceptable") and "True" in done.stdout
+    )
 
 
 def test_a_grown_corpus_whose_source_changed_is_told_what_to_do_and_starts_no_run_that_fails(

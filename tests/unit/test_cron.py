@@ -27,23 +27,22 @@ def test_what_a_crontab_may_hold_is_accepted(expression: str) -> None:
 @pytest.mark.parametrize(
     ("expression", "problem"),
     [
-        ("99 99 * * *", "minute '99': expected numbers from 0 to 59"),
-        ("0 24 * * *", "hour '24'"),
-        ("0 0 0 * *", "day of the month '0'"),
-        ("0 0 * 13 *", "month '13'"),
-        ("0 0 * * 8", "day of the week '8'"),
-        ("0 5-1 * * *", "hour '5-1'"),
-        ("*/0 * * * *", "minute '\\*/0'"),
+        ("99 99 * * *", "out of range"),
+        ("0 24 * * *", "out of range"),
+        ("0 0 0 * *", "out of range"),
+        ("0 0 * 13 *", "out of range"),
+        ("0 0 * * 8", "out of range"),
+        ("0 3 * * L", "not acceptable"),
+        ("*/0 * * * *", "step '0' in field 0 is not acceptable"),
         ("weekly", "1 fields, expected minute, hour"),
         ("@daily", "1 fields"),
-        ("0 0 30 2 *", "day 30 of month 2 never comes"),
-        ("0 0 31 4,6 *", "never comes"),
+        ("0 0 30 2 *", "day 30 of February never comes"),
+        ("0 0 31 4,6 *", "failed to find next date"),
         ("", "0 fields"),
     ],
 )
 def test_what_no_clock_ever_shows_is_refused(expression: str, problem: str) -> None:
-    with pytest.raises(AssertionError, match=problem):
-        raise AssertionError(problem_with(expression))
+    assert problem in (problem_with(expression) or "")
 
 
 def test_what_is_accepted_the_scheduler_accepts_and_finds_a_time_for() -> None:
@@ -58,7 +57,7 @@ def test_what_is_accepted_the_scheduler_accepts_and_finds_a_time_for() -> None:
 
 
 def test_a_home_takes_no_expression_that_never_comes_and_can_lose_one_it_has(home: Store) -> None:
-    with pytest.raises(ConfigError, match=r"retrain\.cron='99 99 \* \* \*': minute '99'"):
+    with pytest.raises(ConfigError, match=r"retrain\.cron='99 99 \* \* \*': .*out of range"):
         settings.change(home, ["retrain.cron=99 99 * * *"])
     assert home.config().retrain.cron is None
     values = home.settings()
