@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from orchestration import production
+from orchestration.resources.database import ensure_database
 from orchestration.resources.tracking import default_artifacts, default_uri
 from realm_core.artifacts.lease import Lease
 from realm_core.artifacts.publish import write_durably
@@ -271,6 +272,9 @@ def require_answering(page: Service, port: int, patience: float = 120.0) -> None
 def mlflow_server(home: Path, port: int) -> Service:
     """MLflow's web interface on the home's database."""
     require_free(port, "MLflow")
+    ensure_database(
+        default_uri(home), default_artifacts(home)
+    )  # the server would make it under the eyes of the trainer
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1",
         "--backend-store-uri", default_uri(home),

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from orchestration import production
 from orchestration.resources import registry
+from orchestration.resources.database import ensure_database
 from orchestration.resources.spool import Spool
 from realm_core.artifacts.store import Store
 from realm_core.ports import MetricSink
@@ -254,7 +255,7 @@ class MlflowTracker:
 
     def _find_or_create(self, run: str) -> str:
         self.spool.mkdir(parents=True, exist_ok=True)
-        # Trainer and refresh look for a run at the same time: unlocked, both would create it, and a new database too.
+        # Trainer and refresh look for a run at the same time: unlocked, both would create it.
         with FileLock(self.spool / ".runs.lock", timeout=_LOCK_SECONDS):
             client = self._connect()
             experiment = client.get_experiment_by_name(EXPERIMENT)
@@ -279,14 +280,11 @@ class MlflowTracker:
 
     def _connect(self) -> Any:
         if self._client is None:
-            os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-            os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
             for noisy in ("alembic", "mlflow.store.db.utils"):
                 logging.getLogger(noisy).setLevel(logging.WARNING)
             from mlflow import MlflowClient
 
+            ensure_database(self.uri, self.artifacts)
             self._client = MlflowClient(self.uri)
         return self._client
 
@@ -300,6 +298,10 @@ class MlflowTracker:
 def _import_mlflow(uri: str) -> None:
     """Import what the thread will need in the caller's: two threads that import SQLAlchemy at once, as Dagster does too, may see
     half of it. What is wrong with an import is said by the job that needs it."""
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
     with suppress(Exception):
         import mlflow.entities
         import mlflow.pyfunc
@@ -333,8 +335,6 @@ def tracker_for(home: Path) -> MlflowTracker:
     database in the home."""
     home = home.resolve()
     uri = os.environ.get("MLFLOW_TRACKING_URI", "") or default_uri(home)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowTracker(uri, home / "mlflow" / "spool", artifacts=default_artifacts(home))
 
 

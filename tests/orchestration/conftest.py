@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestration.resources.database import ensure_database
 from tests.orchestration.homes import bootstrapped, empty_store, store
 
 __all__ = ["bootstrapped", "empty_store", "store"]
@@ -13,9 +14,7 @@ __all__ = ["bootstrapped", "empty_store", "store"]
 @pytest.fixture(scope="session")
 def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's tables and nothing in them, to be copied; making one takes seconds."""
-    from mlflow import MlflowClient  # takes seconds, which only those tests should wait
-
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    MlflowClient(f"sqlite:///{path}").search_experiments()
+    ensure_database(f"sqlite:///{path}", None)
     return path

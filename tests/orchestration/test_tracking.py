@@ -261,12 +261,36 @@ def test_two_processes_write_into_one_run_and_a_new_database(tmp_path: Path) -> 
         writer.stdin.flush()
     assert [writer.wait(timeout=280) for writer in writers] == [0, 0]
     tracker = tracker_for(tmp_path)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120  # a writer that ended before the database was made left its rows to others
     while list(tracker.spool.glob("*.jsonl")) and time.monotonic() < deadline:
         tracker.flush()
     assert len(runs(tracker)) == 1
     for name in ("trainer", "refresh"):
         assert history(tracker, name) == [(step, float(step)) for step in range(40)]
+
+
+MAKER = """
+import sys
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from orchestration.resources.database import ensure_database
+print("ready", flush=True)
+ensure_database(sys.argv[1], None)
+"""
+
+
+@pytest.mark.parametrize("bytes_written", [1, 50_000, 400_000])
+def test_a_database_whose_making_is_cut_off_is_made_anew(tmp_path: Path, bytes_written: int) -> None:
+    # MLflow cannot go on with a migration that was cut off: SQLite keeps what the first half of it did.
+    made = tracker_for(tmp_path)
+    half_made = tmp_path / "mlflow" / ".mlflow.db.new"
+    with subprocess.Popen([sys.executable, "-c", MAKER, made.uri], stdout=subprocess.PIPE, text=True) as maker:
+        while maker.poll() is None and not (half_made.exists() and half_made.stat().st_size >= bytes_written):
+            time.sleep(0.001)
+        maker.kill()
+    assert half_made.exists() and not (tmp_path / "mlflow" / "mlflow.db").exists()
+    made.sink("r1").log(1, {"loss": 0.5})
+    assert history(made, "loss") == [(1, 0.5)]
+    assert not list(half_made.parent.glob(f"{half_made.name}*"))
 
 
 @pytest.fixture
