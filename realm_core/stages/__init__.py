@@ -15,5 +15,5 @@ CODE = {
     "qualify": "1",
     "drift": "1",
     "finetune": "5",
-    "evaluate": "1",
+    "evaluate": "2",
 }
