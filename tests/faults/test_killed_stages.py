@@ -22,48 +22,32 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 # Attempts at one artifact, one after another, each in a process of its own that ends itself by SIGKILL at an exact moment.
 # They are forked from one that has done nothing but import. Prints exit codes, and the steps that each attempt took.
 ATTEMPTS = """
-import json, os, signal, sys, traceback
+import json, os, sys, traceback
 from pathlib import Path
 from realm_core.artifacts.publish import git_commit
 from realm_core.artifacts.store import Store
 from realm_core.train import interim
 from tests import training
+from tests.faults import kills
 
-store, stage, out, kills = Store.open(Path(sys.argv[1])), sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
-save, rename, log = interim.save_file, os.rename, out.with_suffix(".log")
+store, stage, out, wanted = Store.open(Path(sys.argv[1])), sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4])
+log = out.with_suffix(".log")
 
 def attempt(moment, place, at):
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
     class Sink:
         def log(self, step, values):
             loop = next(iter(values)).split("/")[0]
             with log.open("a") as file:
                 file.write(f"{loop} {step}\\n")
             if (moment, place, at) == ("step", loop, step):
-                die()
+                kills.die()
 
-    def torn_save(values, path):
-        save(values, path)
-        if moment == "half a state" and path.parent.name == f".{place}-{at:07d}.partial":
-            path.write_bytes(path.read_bytes()[:1000])
-            die()
-
-    def sudden_rename(source, target):
-        here = Path(target).name == (place if at < 0 else f"{place}-{at:07d}")
-        if moment == "before the rename" and here:
-            die()
-        rename(source, target)
-        if moment == "after the rename" and here:
-            die()
-
-    interim.save_file, os.rename = torn_save, sudden_rename
+    kills.die_publishing(place if at < 0 else f"{place}-{at:07d}", moment, interim)
     getattr(training, stage)(store, out, Sink())
 
 git_commit()  # once for all
 codes, steps = [], []
-for kill in [*kills, ("never", "", -1)]:
+for kill in [*wanted, ("never", "", -1)]:
     log.write_text("")
     child = os.fork()
     if child == 0:
@@ -122,7 +106,7 @@ def test_a_killed_inverse_cloze_task_goes_on_from_its_interim_state_and_ends_bit
         out,
         ("step", "ict", 1),
         ("step", "ict", 4),
-        ("half a state", "ict", 6),
+        ("half written", "ict", 6),
         ("before the rename", "ict", 6),
         ("after the rename", "ict", 6),
         ("step", "ict", 6),
@@ -138,7 +122,7 @@ def test_a_killed_warm_up_goes_on_without_the_inverse_cloze_task_and_ends_bit_fo
         "warm_start",
         out,
         ("step", "warmup", 1),
-        ("half a state", "warmup", 2),
+        ("half written", "warmup", 2),
         ("step", "warmup", 3),
         ("after the rename", "warmup", 4),
         ("before the rename", "v0001", -1),
@@ -156,7 +140,7 @@ def test_a_killed_fine_tuning_goes_on_with_reader_and_question_tower_and_ends_bi
         out,
         ("step", "reader", 1),
         ("step", "reader", 3),
-        ("half a state", "reader", 4),
+        ("half written", "reader", 4),
         ("after the rename", "reader", 4),
         ("step", "reader", 5),
     ) == ["reader 0", "reader 0", "reader 2", "reader 2", "reader 4", "reader 4"]

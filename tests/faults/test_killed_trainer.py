@@ -19,18 +19,15 @@ LATER = "r1-s0000004"
 
 # A trainer that ends itself by SIGKILL at an exact moment: no handler runs, nothing is flushed or cleaned up.
 TRAINER = """
-import os, signal, sys, time
+import sys, time
 from pathlib import Path
-from realm_core.artifacts import publish
 from realm_core.artifacts.store import Store
 from realm_core.stages import pretrain, promote
 from realm_core.train import follower
+from tests.faults.kills import die, die_publishing
 
 home, moment, at, promote_after = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 store = Store.open(home)
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
 
 class Sink:
     def log(self, step, values):
@@ -41,22 +38,7 @@ class Sink:
         if moment == "slow":
             time.sleep(0.03)
 
-save, rename, tensors = pretrain.save_file, os.rename, pretrain.optimizer_tensors
-
-def torn_save(values, path):
-    save(values, path)
-    if moment == "half a checkpoint" and path.parent.name == f".r1-s{at:07d}.partial":
-        path.write_bytes(path.read_bytes()[:1000])
-        die()
-
-def sudden_rename(source, target):
-    if moment == "before the rename" and Path(target).name == f"r1-s{at:07d}":
-        die()
-    rename(source, target)
-    if moment == "after the rename" and Path(target).name == f"r1-s{at:07d}":
-        die()
-
-pretrain.save_file, os.rename = torn_save, sudden_rename
+die_publishing(f"r1-s{at:07d}", moment, pretrain)
 # A version is ready at the step at which it is noticed: which step it serves first is then no race.
 follower._Loading.done = lambda self: (self._thread.join(), True)[1]
 pretrain.run(
@@ -112,7 +94,7 @@ def whole(tiny_home: Store, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         ("step", 7, 6),
         ("step", 8, 6),
         ("step", 11, 6),
-        ("half a checkpoint", 8, 6),
+        ("half written", 8, 6),
         ("before the rename", 8, 6),
         ("after the rename", 8, 6),
         ("before the rename", 12, 6),
