@@ -14,6 +14,7 @@ from typing import Any
 import dagster as dg
 
 from orchestration import journal, refreshes, report, services, supervisor, trainer
+from orchestration.progress import LogProgress
 from realm_core.artifacts import corpora
 from realm_core.artifacts.keys import checkpoint_of
 from realm_core.artifacts.lease import Lease
@@ -23,9 +24,9 @@ from realm_core.artifacts.store import Store, checkpoint_key
 from realm_core.config import Config
 from realm_core.errors import ArtifactError, DataError, RealmError
 from realm_core.evaluate.report import JSON, write_report
-from realm_core.model.weight_files import require_start_weights
 from realm_core.stages import CODE
 from realm_core.stages.questions import require_readable
+from realm_core.stages.requirements import require_possible
 
 RUN = "r1"
 _STOPPED = f"the trainer of {RUN} was asked to stop; run the same command again to go on"
@@ -45,7 +46,7 @@ def run(
     sources = {"corpus": str(corpus.resolve()), "questions": str(questions.resolve())}
     if pretrain_corpus is not None:
         sources["pretrain_corpus"] = str(pretrain_corpus.resolve())
-    require_start_weights(config.model)
+    require_possible(config)
     if not (home / "home.json").exists():
         require_readable(config, questions)
     held = _alone_in(home)
@@ -142,8 +143,10 @@ def execute(home: Path, instance: dg.DagsterInstance, command: list[str]) -> Non
     """Run a Dagster command to its end. A failure is reported in the words of the step that failed."""
     before = time.time()
     service = services.job(home, command)
+    progress = LogProgress(service.log, _say)
     with services.running(service):
         while service.process.poll() is None:
+            progress.tell()
             time.sleep(0.2)
     if service.process.returncode != 0:
         raise RealmError(_failure_since(instance, before) or f"{' '.join(command)} failed; see {service.log}")
@@ -167,12 +170,14 @@ def failure_text(instance: dg.DagsterInstance, run_id: str) -> str | None:
 def _follow(store: Store, instance: dg.DagsterInstance, daemon: services.KeptDaemon) -> None:
     """Wait until the trainer is done and its last checkpoint is settled: live, refused, or failed for good."""
     seen = {f"{alert['time']} {alert['message']}" for alert in journal.alerts(store)}
+    progress = LogProgress(store.trainer(RUN) / trainer.LOG, _say)
     deadline: float | None = None
     dead_since: float | None = None
     while True:
         if news := daemon.keep():
             _say(news)
         _tell_news(store, seen)
+        progress.tell()
         running = trainer.alive(store.home, RUN) is not None
         outcome = trainer.outcome(store.home, RUN)  # after the look at the process: it writes this before it ends
         if outcome and outcome["error"]:

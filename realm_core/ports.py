@@ -1,12 +1,13 @@
 """What the library asks of the outside world. Trackers, registries and clocks are plugged in by the caller."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from realm_core.errors import ArtifactError
 
@@ -86,6 +87,8 @@ class TextStream(Protocol):
 @dataclass
 class Progress:
     """Rate and time left: a rewritten line on a terminal, a plain line every `every_seconds` in a log."""
+
+    LINE: ClassVar = re.compile(r"[^:]+: \d+/\d+ \w+, [\d.]+/s, (\d+|inf) s left.*")  # what such a line looks like
 
     what: str
     total: int

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -71,6 +71,10 @@ class ExactIndex:
         norms = [block.float().norm(dim=1) for block in vectors.split(self.params.chunk)]
         self.max_norm = float(torch.cat(norms).max())
 
+    @classmethod
+    def build(cls, vectors: Float[Tensor, "N D"], params: Mapping[str, Any]) -> "ExactIndex":
+        return cls(vectors, parse_params(cls.backend, ExactParams, params))
+
     @property
     def size(self) -> int:
         return len(self.vectors)
@@ -105,7 +109,7 @@ def build_index(vectors: Float[np.ndarray, "N D"] | Float[Tensor, "N D"], backen
     Raises ConfigError for an unknown backend, an unknown or impossible parameter or a missing library, and DataError
     for vectors that are not a matrix of finite numbers.
     """
-    build, _ = _backend(backend)
+    build = _backend(backend).build
     if vectors.ndim != 2 or 0 in vectors.shape:
         raise DataError(f"index over vectors of shape {tuple(vectors.shape)}; embed at least one block")
     matrix = as_tensor(vectors)
@@ -126,8 +130,14 @@ def load_index(folder: Path, *, size: int | None = None, dimension: int | None =
     for name, promised in (("size", size), ("dimension", dimension)):
         if promised is not None and header[name] != promised:
             raise ArtifactError(f"{folder}: index of {name} {header[name]}, expected {promised}; build the index again")
-    _, load = _backend(header["backend"])
-    return load(folder)
+    return _backend(header["backend"]).load(folder)
+
+
+def require_backend(backend: str, params: Mapping[str, Any]) -> None:
+    """Raise the ConfigError that `build_index` would raise of the choice alone, while there are no vectors yet."""
+    chosen = _backend(backend)
+    parse_params(backend, chosen.params, params)
+    chosen.require_library()
 
 
 def known_backends() -> tuple[str, ...]:
@@ -194,21 +204,24 @@ def require_shape(path: Path, shape: tuple[int, ...], header: Mapping[str, Any])
         raise ArtifactError(f"{path}: vectors of shape {tuple(shape)}, expected {expected}; build the index again")
 
 
-Build = Callable[[Tensor, Mapping[str, Any]], SearchIndex]
-Load = Callable[[Path], SearchIndex]
+class _Backend(NamedTuple):
+    params: type
+    build: Callable[[Tensor, Mapping[str, Any]], SearchIndex]
+    load: Callable[[Path], SearchIndex]
+    require_library: Callable[[], object] = lambda: None
 
 
-def _backend(name: str) -> tuple[Build, Load]:
+def _backend(name: str) -> _Backend:
     # The other backends import this module, and FAISS is only loaded by who asks for it.
     if name == "exact":
-        return lambda vectors, params: ExactIndex(vectors, parse_params("exact", ExactParams, params)), ExactIndex.load
+        return _Backend(ExactParams, ExactIndex.build, ExactIndex.load)
     if name == "alsh":
-        from realm_core.index.lsh import AlshIndex
+        from realm_core.index.lsh import AlshIndex, AlshParams
 
-        return AlshIndex.build, AlshIndex.load
+        return _Backend(AlshParams, AlshIndex.build, AlshIndex.load)
     if name in known_backends():
-        from realm_core.index.faiss_backends import FAISS_INDEXES
+        from realm_core.index.faiss_backends import FAISS_INDEXES, require_faiss
 
         kind = FAISS_INDEXES[name]
-        return kind.build, kind.load
+        return _Backend(kind.Params, kind.build, kind.load, require_faiss)
     raise ConfigError(f"index backend {name!r} is unknown; choose one of {', '.join(known_backends())}")

@@ -108,7 +108,7 @@ class FaissIndex:
 
     def save(self, folder: Path) -> list[str]:
         try:
-            _faiss().write_index(self.index, str(folder / FILE))
+            require_faiss().write_index(self.index, str(folder / FILE))
         except RuntimeError as error:
             raise ArtifactError(f"{folder / FILE}: FAISS cannot write it ({_reason(error)}); free some space") from None
         return [FILE, write_header(folder, self, asdict(self.params))]
@@ -134,7 +134,7 @@ class FaissFlat(FaissIndex):
 
     @staticmethod
     def _train_and_add(matrix: np.ndarray, params: NoParams) -> Any:
-        index = _faiss().IndexFlatIP(matrix.shape[1])
+        index = require_faiss().IndexFlatIP(matrix.shape[1])
         index.add(matrix)
         return index
 
@@ -147,7 +147,7 @@ class FaissSq8(FaissIndex):
 
     @staticmethod
     def _train_and_add(matrix: np.ndarray, params: NoParams) -> Any:
-        faiss = _faiss()
+        faiss = require_faiss()
         kind = faiss.ScalarQuantizer.QT_8bit
         index = faiss.IndexScalarQuantizer(matrix.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
         index.train(matrix)
@@ -163,7 +163,7 @@ class FaissIvf(FaissIndex):
 
     @staticmethod
     def _train_and_add(matrix: np.ndarray, params: IvfParams) -> Any:
-        faiss = _faiss()
+        faiss = require_faiss()
         nlist = min(params.nlist or min(int(4 * len(matrix) ** 0.5), len(matrix) // 39) or 1, len(matrix))
         quantizer = faiss.IndexFlatIP(matrix.shape[1])
         index = faiss.IndexIVFFlat(quantizer, matrix.shape[1], nlist, faiss.METRIC_INNER_PRODUCT)
@@ -179,7 +179,7 @@ class FaissIvf(FaissIndex):
         return index
 
     def _search_all(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.index.search(query, k, params=_faiss().SearchParametersIVF(nprobe=self.index.nlist))
+        return self.index.search(query, k, params=require_faiss().SearchParametersIVF(nprobe=self.index.nlist))
 
 
 class FaissHnsw(FaissIndex):
@@ -190,7 +190,7 @@ class FaissHnsw(FaissIndex):
 
     @staticmethod
     def _train_and_add(matrix: np.ndarray, params: HnswParams) -> Any:
-        faiss = _faiss()
+        faiss = require_faiss()
         index = faiss.IndexHNSWFlat(matrix.shape[1], params.m, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = params.ef_construction
         index.hnsw.efSearch = params.ef_search
@@ -199,10 +199,10 @@ class FaissHnsw(FaissIndex):
 
     def _search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         breadth = max(k, self.params.ef_search)
-        return self.index.search(query, k, params=_faiss().SearchParametersHNSW(efSearch=breadth))
+        return self.index.search(query, k, params=require_faiss().SearchParametersHNSW(efSearch=breadth))
 
     def _search_all(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        return _faiss().downcast_index(self.index.storage).search(query, k)
+        return require_faiss().downcast_index(self.index.storage).search(query, k)
 
 
 FAISS_INDEXES: Mapping[str, type[FaissIndex]] = {
@@ -210,7 +210,8 @@ FAISS_INDEXES: Mapping[str, type[FaissIndex]] = {
 }
 
 
-def _faiss() -> Any:
+def require_faiss() -> Any:
+    """FAISS, imported. Raises ConfigError if it is not installed."""
     try:
         import faiss
     except ImportError:
@@ -221,7 +222,7 @@ def _faiss() -> Any:
 @contextmanager
 def _single_thread() -> Iterator[None]:
     """Threads add to a graph in whatever order they run, so an index is built by one."""
-    faiss = _faiss()
+    faiss = require_faiss()
     with _FAISS_SETTINGS:
         before = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1)
@@ -252,7 +253,7 @@ def _require_head(path: Path, kind: bytes, dimension: int, size: int) -> None:
 
 
 def _read(path: Path) -> Any:
-    faiss = _faiss()
+    faiss = require_faiss()
     length = path.stat().st_size
     with _FAISS_SETTINGS:
         # No honest file makes FAISS allocate one vector longer than the file, or loop more often than it has bytes.

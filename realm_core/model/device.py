@@ -48,6 +48,12 @@ def device_kind(runtime: RuntimeConfig) -> str:
     return runtime.device
 
 
+def require_device(runtime: RuntimeConfig) -> None:
+    """Raise ConfigError if the device that `runtime` asks for is not there; takes none, as a TPU serves one process only."""
+    if device_kind(runtime) == "xla":
+        _torch_xla()
+
+
 def resolve(runtime: RuntimeConfig, *, shared: bool = False, world: World = _ALONE) -> Device:
     """Pick device and precision and set torch's thread count (`shared`: trainer and refresh run side by side).
 

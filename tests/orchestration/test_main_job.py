@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -10,7 +11,8 @@ from dagster import DagsterRunStatus
 
 from orchestration import main_job, report
 from realm_core.artifacts.store import Store
-from realm_core.errors import DataError
+from realm_core.config import IndexConfig
+from realm_core.errors import ConfigError, DataError
 
 KEY = "r1-s0000004"
 SUCCESS, FAILURE, STARTED = DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE, DagsterRunStatus.STARTED
@@ -114,6 +116,13 @@ def test_a_source_that_changed_under_a_home_is_refused(store: Store, source: str
     (store.home / "home.json").write_text(json.dumps(values))
     with pytest.raises(DataError, match=rf"{changed}: changed since .* was made from it"):
         main_job._require_same_sources(store)
+
+
+def test_an_index_that_cannot_be_built_is_refused_before_the_home_is_made(store: Store, tmp_path: Path) -> None:
+    impossible = store.config().model_copy(update={"index": IndexConfig(params={"chunk": 0})})
+    with pytest.raises(ConfigError, match="index exact: chunk=0"):
+        main_job.run(tmp_path / "new", impossible, "tiny", store.source("corpus"), store.source("questions"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_home_without_a_report_is_not_finished(store: Store) -> None:

@@ -70,6 +70,7 @@ def test_progress_in_a_log_is_a_plain_line_now_and_then_and_at_the_end() -> None
     assert lines[0] == "train: 20/100 steps, 2.0/s, 40 s left loss 0.5"
     assert lines[-1] == "train: 100/100 steps, 2.0/s, 0 s left loss 0.5"
     assert len(lines) == 5
+    assert all(Progress.LINE.fullmatch(line) for line in lines)
 
 
 def test_progress_on_a_terminal_rewrites_one_line() -> None:
@@ -87,3 +88,4 @@ def test_progress_survives_a_total_of_nothing_and_a_clock_that_stands() -> None:
     stream = Stream()
     Progress("train", 0, stream=stream, clock=lambda: 1.0).update(0)
     assert stream.text().startswith("train: 0/0 steps")
+    assert Progress.LINE.fullmatch(stream.text().strip())
