@@ -40,6 +40,7 @@ check: .venv/installed-dev ## Formatting, lint, types, import contracts, the rep
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/dg check defs
 	@$(PYTEST) tests/architecture -q
 
 format: .venv/installed-dev ## Rewrite the sources the way check wants them

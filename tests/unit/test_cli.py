@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +350,17 @@ def test_a_folder_of_another_stage_is_refused(realm: Callable, tiny_home: Store,
             *(wrong["corpus"], "--questions", wrong["questions"], "--out", tmp_path / "e", *TINY),
         )
     )
+
+
+@pytest.mark.parametrize("group", [(), ("corpus",), ("verify",)])
+def test_a_command_alone_shows_its_help_as_it_is_laid_out(realm: Callable, group: tuple[str, ...]) -> None:
+    code, output, errors = realm(*group)
+    assert (code, output) == (2, "")
+    assert errors == realm(*group, "--help")[1]
+
+
+def test_the_version_is_told(realm: Callable) -> None:
+    assert realm("--version") == (0, f"realm-ops {metadata.version('realm-ops')}\n", "")
 
 
 @pytest.mark.parametrize(

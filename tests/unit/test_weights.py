@@ -159,10 +159,10 @@ def test_a_tensor_of_another_shape_is_named(folder: Path, name: str) -> None:
     [
         ("magic", "use hub:NAME@REVISION, package:NAME, folder:PATH or random"),
         ("ftp:x", "use hub:NAME@REVISION, package:NAME, folder:PATH or random"),
-        ("package:no_such_package_here", "not installed; pip install 'no-such-package-here'"),
-        ("package:", "not installed; pip install ''"),
-        ("package:a.b", "not installed; pip install 'a.b'"),
-        ("package:../x", "not installed"),
+        ("package:no_such_package_here", "no such Python package; install the one"),
+        ("package:", "no such Python package; install the one"),
+        ("package:a.b", "no such Python package; install the one"),
+        ("package:../x", "no such Python package"),
         ("package:json", r"json: .* holds no model\.safetensors; choose another package"),
     ],
 )
