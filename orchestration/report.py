@@ -98,10 +98,11 @@ def training(store: Store, run: str) -> dict[str, Any]:
 
 
 def refreshes(store: Store, instance: dg.DagsterInstance, keys: list[str]) -> dict[str, Any]:
-    """Medians over the index versions `keys`, in seconds: `overhead_seconds`, what a refresh took beyond its stages, and
-    `live_after_seconds`, from the checkpoint on disk to the moved pointer."""
+    """Medians over the index versions `keys`, in seconds: `overhead_seconds`, what a refresh took beyond its stages,
+    `live_after_seconds`, from the checkpoint on disk to the moved pointer, and `live_beyond_embedding_seconds`, what of that
+    was not embedding: the sensor's interval, the queue behind earlier checkpoints, index, checks, and dev questions."""
     promoted = {live.index: live.promoted_at for live in store.live_history()}
-    overheads, waits = [], []
+    overheads, waits, beyond = [], [], []
     for key in keys:
         kinds = ("snapshots", "indexes", "drifts", "verdicts", "evaluations")
         stages = [store.manifest(kind, key).record for kind in kinds if store.has(kind, key)]
@@ -110,13 +111,20 @@ def refreshes(store: Store, instance: dg.DagsterInstance, keys: list[str]) -> di
         whole = store.has("evaluations", key) and len({record.get("dagster_run_id") for record in stages}) == 1
         if whole and ran is not None and ran.start_time and ran.end_time:
             overheads.append(ran.end_time - ran.start_time - sum(record["seconds"] for record in stages))
-        if key in promoted and store.has("checkpoints", key):  # not over a corpus that grew long after the checkpoint
+        made = all(store.has(kind, key) for kind in ("checkpoints", "snapshots"))
+        if key in promoted and made:  # not over a corpus that grew long after the checkpoint
             waits.append(promoted[key] - store.manifest("checkpoints", key).record["created"])
+            beyond.append(waits[-1] - store.manifest("snapshots", key).record["seconds"])
     return {
         "measured": len(overheads),
-        "overhead_seconds": round(median(overheads), 2) if overheads else None,
-        "live_after_seconds": round(median(waits), 2) if waits else None,
+        "overhead_seconds": _median(overheads),
+        "live_after_seconds": _median(waits),
+        "live_beyond_embedding_seconds": _median(beyond),
     }
+
+
+def _median(seconds: Sequence[float]) -> float | None:
+    return round(median(seconds), 2) if seconds else None
 
 
 def steps_of(store: Store, run: str) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ class Report(TypedDict, total=False):
     dagster_home: str | None
     mlflow: Mapping[str, Any] | None  # tracking_uri, run_id
     training: Mapping[str, Any] | None  # seconds, stalled_seconds, stalled_share
-    refreshes: Mapping[str, Any] | None  # medians: overhead_seconds, live_after_seconds
+    refreshes: Mapping[str, Any] | None  # medians: overhead_seconds, live_after_seconds, live_beyond_embedding_seconds
 
 
 # heading, key, kind; what both tables of the report show
@@ -198,6 +198,7 @@ def _timing(report: Mapping[str, Any]) -> list[str]:
         ("trainer stood still for refreshes and swaps: {:.2%} of its time", training.get("stalled_share")),
         ("a refresh beyond embedding, building, checks and evaluation: {:.1f} s", refreshes.get("overhead_seconds")),
         ("from a checkpoint on disk to its index live: {:.1f} s", refreshes.get("live_after_seconds")),
+        ("of that beyond embedding, the queue included: {:.1f} s", refreshes.get("live_beyond_embedding_seconds")),
     )
     return [text.format(value) for text, found in known if (value := _number(found)) is not None]
 

@@ -75,6 +75,7 @@ def test_the_sensor_caused_every_refresh_and_the_trainer_swapped_while_it_ran(
     assert report["training"]["stalled_seconds"] < report["training"]["seconds"]
     assert report["refreshes"]["measured"] == len(versions)
     assert 0 < report["refreshes"]["overhead_seconds"] < report["refreshes"]["live_after_seconds"]
+    assert 0 < report["refreshes"]["live_beyond_embedding_seconds"] < report["refreshes"]["live_after_seconds"]
 
 
 def test_runs_partitions_and_checks_are_in_dagsters_event_log(finished: tuple[Home, dict[str, Any]]) -> None:
