@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock
+
 from orchestration import production
 from orchestration.resources.database import ensure_database
 from orchestration.resources.tracking import default_artifacts, default_uri
@@ -49,7 +51,7 @@ def dagster_home(home: Path) -> Path:
 
 
 def prepare(home: Path) -> None:
-    """Create the Dagster instance folder of a home, and in the production profile its databases."""
+    """Create the Dagster instance of a home with its tables, and in the production profile the databases for them."""
     folder = dagster_home(home)
     profile = production.chosen()
     try:
@@ -60,6 +62,23 @@ def prepare(home: Path) -> None:
         raise ArtifactError(f"{home}: cannot be written ({error.strerror}); choose another --home") from None
     if profile is not None:
         production.create_databases(profile, Store(home))
+        os.environ["REALM_DAGSTER_DATABASE"] = profile.dagster_uri(Store(home))  # dagster.yaml names it
+    _create_tables(folder)
+
+
+def _create_tables(folder: Path) -> None:
+    """Dagster makes its tables when it is first opened. Two processes that do so at once, as daemon and web page would,
+    note the version of the tables twice, and from then on nobody can open them."""
+    import dagster as dg  # takes a second, which most commands need not wait
+    import yaml
+
+    try:
+        with FileLock(folder / ".tables.lock"), dg.DagsterInstance.from_config(str(folder)):
+            pass
+    except (dg.DagsterInvalidConfigError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{folder / 'dagster.yaml'}: {' '.join(str(error).split())[:300]}; mend it, or remove it to have it written anew"
+        ) from None
 
 
 def _write_settings(path: Path, wanted: str) -> None:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from orchestration import services
-from realm_core.errors import ArtifactError, BusyError, RealmError
+from realm_core.errors import ArtifactError, BusyError, ConfigError, RealmError
 
 STUBBORN = "trap '' TERM; sleep 600 & sleep 600 & wait; wait"
 
@@ -48,6 +48,55 @@ def test_settings_that_a_person_edited_are_kept(home: Path) -> None:
     settings.write_text("telemetry: {enabled: false}\n")
     services.prepare(home)
     assert settings.read_text() == "telemetry: {enabled: false}\n"
+
+
+@pytest.mark.parametrize(
+    ("edited", "said"),
+    [
+        ("telemetry: {enabled: fal", "while parsing a flow mapping"),
+        ("nonsense: 3", 'unexpected config entry "nonsense"'),
+    ],
+)
+def test_settings_that_dagster_does_not_take_are_one_line(home: Path, edited: str, said: str) -> None:
+    settings = home / "dagster" / "dagster.yaml"
+    settings.write_text(edited)
+    with pytest.raises(ConfigError) as refusal:
+        services.prepare(home)
+    message = str(refusal.value)
+    assert message.startswith(f"{settings}: ") and said in message and "mend it, or remove it" in message
+    assert "\n" not in message
+
+
+PREPARER = """
+import sys
+from pathlib import Path
+import dagster as dg
+from orchestration import services
+home = Path(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+services.prepare(home)
+with dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
+    print(len(instance.get_runs()))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_open_a_new_instance_at_once_leave_one_that_opens(tmp_path: Path) -> None:
+    # Tables made by two of them carry two version marks, and Dagster opens them never again.
+    openers = [
+        subprocess.Popen(
+            [sys.executable, "-c", PREPARER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    for opener in openers:
+        assert opener.stdout is not None and opener.stdout.readline() == "ready\n"
+    for opener in openers:
+        assert opener.stdin is not None
+        opener.stdin.write("go\n")
+        opener.stdin.flush()
+    assert [opener.communicate(timeout=120)[0] for opener in openers] == ["0\n"] * 4
 
 
 def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
