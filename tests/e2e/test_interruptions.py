@@ -65,7 +65,9 @@ def a_second_command_is_refused_and_ctrl_c_ends_the_first(home: Home) -> None:
     home.wait_for(lambda: home.live() and steps_of(home.store, "r1"), "training did not begin", job)
     refused = home.start(*home.main_job())
     assert refused.wait(timeout=PATIENCE) == 2
-    assert f"the main job already runs as process {job.pid}" in home.last_error()
+    assert (
+        f"the main job already runs as process {job.pid}" in home.errors.read_text()
+    )  # beside the progress of the first
     job.send_signal(signal.SIGINT)
     time.sleep(1)
     assert home.interrupt(job) == 130  # a second time, as impatient people do
