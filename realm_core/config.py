@@ -154,7 +154,18 @@ class PretrainConfig(InParts):
         0.5, gt=0, le=1
     )  # of the shorter text's 8-wordpiece shingles that both texts hold
     require_ready: bool = False  # refuse a run whose encoder the probe does not find ready; false: warn
-    index_wait_seconds: float = Field(3600, gt=0)  # how long step 0 waits for a first live index
+    # Steps; the trainer waits while a younger index may still come. None: it never waits, as in the original code.
+    max_index_age: PositiveInt | None = None
+    index_wait_seconds: float = Field(3600, gt=0)  # how long it waits for that, and at step 0 for a first live index
+
+    @model_validator(mode="after")
+    def _some_index_is_young_enough(self) -> "PretrainConfig":
+        if self.max_index_age is not None and self.max_index_age < self.checkpoint_every:
+            raise ValueError(
+                f"max_index_age={self.max_index_age} under checkpoint_every={self.checkpoint_every}: "
+                "no index is that young at every step; raise the first or lower the second"
+            )
+        return self
 
 
 class ReembedConfig(Section):
@@ -300,6 +311,13 @@ class Config(Section):
             raise ValueError(
                 f"corpus.block_wordpieces={self.corpus.block_wordpieces} exceeds lengths.document="
                 f"{self.lengths.document}: blocks would be cut; lower the first or raise the second"
+            )
+        age, policy = self.pretrain.max_index_age, self.refresh.policy
+        least = self.refresh.every_steps + self.pretrain.checkpoint_every if policy == "every_steps" else 1
+        if age is not None and (policy == "drift" or age < least):
+            raise ValueError(
+                f"pretrain.max_index_age={age} with refresh.policy={policy}: the trainer would wait for a checkpoint that is "
+                "not refreshed; set refresh.policy=every_checkpoint, or another limit"
             )
         if (self.model.encoder_layers or 0) > (self.model.layers or 10**6):
             raise ValueError(

@@ -159,13 +159,26 @@ def home(copy_home: Callable) -> Any:
     return copy_home()
 
 
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """Dagster leaves SIGTERM ignored after a run in this process. Whatever is started later inherits that, and who ends it
+    waits in vain for as long as anybody may take to end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def realm(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable]:
+def realm(capsys: pytest.CaptureFixture[str]) -> Callable:
     """`realm("ask", "…")`: the library's command line in this process -> (exit code, standard output, standard error)."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments: object) -> tuple[int, str, str]:
         from realm_core import cli
@@ -181,9 +194,7 @@ def realm(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable]:
             sys.argv = before
         return code, *capsys.readouterr()
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture

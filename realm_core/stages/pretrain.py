@@ -20,6 +20,7 @@ from realm_core.config import Config
 from realm_core.corpus.shards import Corpus
 from realm_core.errors import ArtifactError, ConfigError, RealmError
 from realm_core.evaluate.versions import training_time
+from realm_core.index.version import IndexVersion
 from realm_core.model.bundle import RealmModel
 from realm_core.model.device import resolve
 from realm_core.model.world import World
@@ -137,13 +138,22 @@ class _Run:
         rows = self.world.lead(lambda: read_json_lines(self.folder / STEPS))
         self.follower.resume(first, max((row["step"] for row in rows), default=first))
         self._remember({row["step"]: row for row in rows if row["step"] <= first})
+
+        def index_at(step: int) -> IndexVersion | None:
+            limit = self.config.pretrain
+            if limit.max_index_age is not None and not self.follower.wait_for_young(
+                step, limit.max_index_age, self.name, limit.index_wait_seconds, ends
+            ):
+                return None
+            return self.follower.at(step)
+
         if self.follower.wait_for_first(self.config.pretrain.index_wait_seconds, ends):
             try:
                 run_steps(
                     self.trainer,
                     first,
                     last,
-                    index_at=self.follower.at,
+                    index_at=index_at,
                     after=self._after_step,
                     should_stop=lambda: self.world.some(ends()),
                 )

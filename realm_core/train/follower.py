@@ -8,6 +8,7 @@ Where several processes train together, the first one looks at the pointer and w
 step at which all of them have it open, and one that some process cannot open serves none.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from realm_core.artifacts.keys import checkpoint_of
+from realm_core.artifacts.keys import checkpoint_of, parse_key
 from realm_core.artifacts.publish import append_durably, read_json_lines
 from realm_core.artifacts.store import Live, Store
 from realm_core.errors import ArtifactError, RealmError
@@ -25,6 +26,7 @@ from realm_core.model.world import World
 
 SWAPS = "swaps.jsonl"
 _POLL_SECONDS = 0.5
+_DECISION_SECONDS = 30.0  # from the scores of a version to its promotion, which takes less than one
 _ALONE = World()
 
 
@@ -40,6 +42,7 @@ class IndexFollower:
         self._replay_until = 0  # steps below it were run before and follow the recorded swaps
         self._loading: _Loading | None = None
         self._refused: set[tuple[str, str]] = set()  # name and digest: a pointer mended later is looked at anew
+        self._left_behind: set[str] = set()  # checkpoints whose index never went live, told of
         self._told: str | None = None  # what was said of a pointer that cannot be read
 
     def resume(self, step: int, replay_until: int) -> None:
@@ -75,6 +78,50 @@ class IndexFollower:
         while (found := self.world.lead(look)) == "wait":
             time.sleep(_POLL_SECONDS)
         return found == "live"
+
+    def wait_for_young(self, step: int, max_age: int, of: str, seconds: float, should_stop: Callable[[], bool]) -> bool:
+        """Wait while the index is more than `max_age` steps old and the newest checkpoint of training run `of` may still
+        go live. False if asked to stop; RealmError when the time is over. A step that is repeated waits for nothing."""
+        if step < self._replay_until:
+            return True
+        deadline = time.monotonic() + seconds
+
+        def look() -> str:
+            if self.current is None or step - self.current.step <= max_age:
+                return "young"
+            if should_stop():
+                return "stop"
+            newest = self.store.checkpoints(of)[-1]
+            if parse_key(newest)[1] <= self.current.step or self._stays_behind(newest):
+                return "settled"
+            if time.monotonic() > deadline:
+                raise RealmError(
+                    f"{self.store.home}: no index of {newest} went live within {seconds:.0f} s, and that of "
+                    f"{self.current.name} is {step - self.current.step} steps old; look at the refresh_index runs"
+                )
+            return "wait"
+
+        self._follow(step)
+        while (found := self.world.lead(look)) == "wait":
+            time.sleep(_POLL_SECONDS)
+            self._follow(step)
+        return found != "stop"
+
+    def _stays_behind(self, key: str) -> bool:
+        """Whether the newest checkpoint will not serve this run: its refresh has ended and the pointer has not moved to it, or
+        its index could not be opened. Told once."""
+        store, live = self.store, self.store.live()
+        if live is not None and checkpoint_of(live.index) == key:
+            behind = (live.index, live.index_digest) in self._refused
+        elif store.has("verdicts", key) and not store.manifest("verdicts", key).facts["passed"]:
+            behind = True
+        else:  # the metric policy decides as soon as the scores are there
+            scored = store.manifest("evaluations", key).record["created"] if store.has("evaluations", key) else math.inf
+            behind = time.time() - scored > _DECISION_SECONDS
+        if behind and key not in self._left_behind:
+            self._left_behind.add(key)
+            self.warn(f"index of {key} does not serve; training goes on with one older than pretrain.max_index_age")
+        return behind
 
     def at(self, step: int) -> IndexVersion:
         """The index version that serves this step; swaps first if there is a newer one ready."""

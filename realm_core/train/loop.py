@@ -152,16 +152,21 @@ def run_steps(
     first: int,
     last: int,
     *,
-    index_at: Callable[[int], IndexVersion],
+    index_at: Callable[[int], IndexVersion | None],
     after: Callable[[int, dict[str, float]], None],
     should_stop: Callable[[], bool],
 ) -> int:
-    """Steps first .. last-1; `after(done, metrics)` is called with the number of steps done. Returns that number at the end."""
+    """Steps first .. last-1; `after(done, metrics)` is called with the number of steps done. Returns that number at the end.
+
+    `index_at` may wait for the index that is to serve a step; it gives None if training was asked to stop meanwhile.
+    """
     for step in range(first, last):
         if should_stop():
             return step
         began = time.perf_counter()
         index = index_at(step)
+        if index is None:
+            return step
         stalled = time.perf_counter() - began
         metrics = trainer.step(step, index)
         metrics |= {

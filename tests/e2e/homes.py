@@ -21,11 +21,11 @@ from realm_core.artifacts.store import Store
 
 # A machine that others use too is many times slower than a quiet one: what is waited for has minutes.
 PATIENCE = 600.0
-# Training long enough for an index version or two to go live meanwhile.
+# The trainer never gets far ahead of its index, so that a few versions go live meanwhile.
 SETTINGS = (
-    "pretrain.steps=400",
+    "pretrain.steps=80",
     "pretrain.checkpoint_every=20",
-    "pretrain.batch=40",
+    "pretrain.max_index_age=40",
     "pretrain.keep=40",
     "refresh.backlog=newest",
 )

@@ -20,7 +20,7 @@ NEW = [
     {"id": "quorvane", "title": "Quorvane", "text": "The glass lighthouse of Quorvane is guarded by the beast Ombrel."},
     {"id": "ombrel", "title": "Ombrel", "text": "Ombrel is a beast of Quorvane. Ida Voss tamed it on 3 May 1911."},
 ]
-LAST = "r1-s0000400"
+LAST = "r1-s0000080"
 
 
 @pytest.fixture

@@ -19,12 +19,11 @@ from realm_core.artifacts.publish import read_json_lines
 from tests.e2e.homes import PATIENCE, Home
 
 pytestmark = [pytest.mark.e2e, pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(3000)]
-STEPS, EVERY = 200, 20
+STEPS, EVERY = 120, 20
 
 
 def test_the_same_command_brings_an_unlucky_home_to_its_end(home: Home) -> None:
-    home.settings = (f"pretrain.steps={STEPS}", f"pretrain.checkpoint_every={EVERY}", "pretrain.batch=16")
-    home.settings += ("pretrain.keep=40", "refresh.backlog=newest")
+    home.settings = (*home.settings, f"pretrain.steps={STEPS}", f"pretrain.checkpoint_every={EVERY}")
     a_malformed_line_is_named_with_file_and_number(home)
     everything_dies_during_the_first_refresh(home)
     a_second_command_is_refused_and_ctrl_c_ends_the_first(home)

@@ -53,8 +53,8 @@ def test_the_report_has_the_promised_keys_and_tells_one_story(finished: tuple[Ho
     assert set(report["qa"]) == {"bm25", "ict", "realm"}
     assert {tuple(scores) for scores in report["qa"].values()} == {("recall_at_5", "recall_at_20", "exact_match")}
     assert all(value is not None for scores in report["qa"].values() for value in scores.values())
-    assert report["live"]["checkpoint"] == "r1-s0000400"
-    assert [version["checkpoint"] for version in report["index_versions"] if version["live"]] == ["r1-s0000400"]
+    assert report["live"]["checkpoint"] == "r1-s0000080"
+    assert [version["checkpoint"] for version in report["index_versions"] if version["live"]] == ["r1-s0000080"]
     known = {version["index_digest"]: version for version in report["index_versions"]}
     assert report["swaps"][0]["step"] == 0
     for swap in report["swaps"]:
@@ -87,7 +87,7 @@ def test_runs_partitions_and_checks_are_in_dagsters_event_log(finished: tuple[Ho
         assert {run.run_id for run in refreshes} == {version["dagster_run_id"] for version in versions.values()}
         assert {run.tags["dagster/sensor_name"] for run in refreshes} == {"checkpoint_sensor"}
         keys = list(instance.get_dynamic_partitions("realm_ckpt"))
-        assert keys == home.store.names("checkpoints") == [f"r1-s{step:07d}" for step in range(0, 401, 20)]
+        assert keys == home.store.names("checkpoints") == [f"r1-s{step:07d}" for step in range(0, 81, 20)]
         reported = instance.fetch_materializations(AssetKey("realm_checkpoint"), limit=1000).records
         assert Counter(record.partition_key for record in reported) == Counter(keys)
         for asset in ("embedding_snapshot", "mips_index", "qa_eval", "promoted_index"):
@@ -115,7 +115,7 @@ def test_mlflow_holds_the_numbers_of_training_and_of_every_index(finished: tuple
         return {row.step: row.value for row in client.get_metric_history(run.info.run_id, name)}
 
     for name in ("loss", "utility", "null_probability", "index_age"):
-        assert sorted(series(name)) == list(range(1, 401)), name
+        assert sorted(series(name)) == list(range(1, 81)), name
     for metric, key in (
         ("dev/recall_at_5", "recall_at_5"),
         ("dev/exact_match", "exact_match"),
@@ -164,7 +164,7 @@ def test_the_same_command_again_says_what_is_there_and_starts_nothing(finished: 
 def test_other_settings_and_a_changed_corpus_are_refused(finished: tuple[Home, dict[str, Any]]) -> None:
     home, _ = finished
     home.run(*home.main_job(), "--set=pretrain.steps=99", code=2)
-    assert "pretrain.steps is 400 there, 99 now" in home.last_error()
+    assert "pretrain.steps is 80 there, 99 now" in home.last_error()
     before = home.documents.read_bytes()
     try:
         home.documents.write_bytes(before + b'{"title": "New", "text": "Nobody knew this before."}\n')

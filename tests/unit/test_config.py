@@ -97,6 +97,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.yaml")
 
 
+@pytest.mark.parametrize("refresh", ["policy=drift", "policy=every_steps"])
+def test_a_limit_of_age_needs_a_policy_that_refreshes_in_time(refresh: str) -> None:
+    limits = ["pretrain.max_index_age=8", "refresh.every_steps=5"]
+    with pytest.raises(
+        ConfigError, match=r"max_index_age=8 with refresh\.policy=.*: the trainer would wait for a checkpoint"
+    ):
+        load_config(None, "tiny", [*limits, f"refresh.{refresh}"])
+    assert load_config(None, "tiny", limits).pretrain.max_index_age == 8
+    assert load_config(None, "tiny", [*limits, "refresh.every_steps=4", "refresh.policy=every_steps"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -107,6 +118,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("=3", "unknown key "),
         ("pretrain.steps=many", r"pretrain\.steps: .*\(found 'many'\)"),
         ("lengths.document=32", "corpus.block_wordpieces=64 exceeds lengths.document=32: blocks would be cut; lower"),
+        (
+            "pretrain.max_index_age=3",
+            "max_index_age=3 under checkpoint_every=4: no index is that young at every step; raise the first or lower",
+        ),
         ("lengths.reader=512", "lengths.reader=512 exceeds model.max_positions=128; shorten it"),
         ("lengths.query=100", "lengths.joint=164 exceeds model.max_positions=128; shorten it"),
         (

@@ -2,10 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from realm_core.artifacts.manifest import MANIFEST
 from realm_core.artifacts.publish import append_durably, read_json_lines
 from realm_core.artifacts.store import Store
 from realm_core.errors import ArtifactError, RealmError
@@ -129,6 +132,77 @@ def test_a_first_version_that_is_altered_ends_the_start_in_one_line(follow: Call
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
     with pytest.raises(ArtifactError, match=r"vectors\.npy: sha256"):
         follow().at(0)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_DECISION_SECONDS", 1e9)  # the scores in the home may be older than any test
+
+
+def wait_for_young(follower: IndexFollower, step: int, stop: Callable[[], bool] = lambda: False, **other: Any) -> bool:
+    return follower.wait_for_young(step, **{"max_age": 4, "of": "r1", "seconds": 60.0, "should_stop": stop, **other})
+
+
+@pytest.mark.usefixtures("at_once", "impatient")
+def test_a_run_with_a_limit_waits_at_the_border_for_an_index_that_is_young_enough(
+    follow: Callable, home: Store
+) -> None:
+    follower, looks = follow(), iter(range(100))
+
+    def live_at_the_third_look() -> bool:
+        if next(looks) == 2:
+            go_live(home)
+        return False
+
+    for step in range(5):
+        assert wait_for_young(follower, step, lambda: pytest.fail("nothing to wait for")) or step == 0
+        assert follower.at(step).name == FIRST
+    assert wait_for_young(follower, 5, live_at_the_third_look)
+    assert next(looks) > 2
+    assert follower.at(5).name == LATER
+    assert swaps(follower) == [(0, FIRST), (5, LATER)]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_waits_for_a_young_index_can_be_stopped_and_the_time_ends(follow: Callable) -> None:
+    follower = follow()
+    follower.at(0)
+    assert not wait_for_young(follower, 5, lambda: True)
+    with pytest.raises(
+        RealmError, match=f"no index of {LATER} went live within 0 s, and that of {FIRST} is 5 steps old"
+    ):
+        wait_for_young(follower, 5, seconds=0.0)
+
+
+@pytest.mark.usefixtures("at_once", "impatient")
+@pytest.mark.parametrize("why", ["its verdict", "the metric policy", "a damaged file"])
+def test_nobody_waits_for_an_index_that_will_not_come(
+    follow: Callable, home: Store, warnings: list[str], monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    follower = follow()
+    follower.at(0)
+    if why == "its verdict":
+        made = home.manifest("verdicts", LATER)
+        refused = replace(made, facts={**made.facts, "passed": False})
+        (home.path("verdicts", LATER) / MANIFEST).write_text(refused.to_json(), encoding="utf-8")
+    elif why == "the metric policy":
+        monkeypatch.setattr(module, "_DECISION_SECONDS", 0.0)
+    else:
+        go_live(home)
+        path = home.path("indexes", LATER) / "vectors.npy"
+        path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    assert all(wait_for_young(follower, step) for step in (5, 6))
+    assert follower.at(6).name == FIRST
+    told = f"index of {LATER} does not serve; training goes on with one older than pretrain.max_index_age"
+    assert warnings.count(told) == 1
+
+
+@pytest.mark.usefixtures("crashed")
+def test_repeated_steps_wait_for_no_younger_index(follow: Callable) -> None:
+    follower = follow()
+    follower.resume(0, 9)
+    assert wait_for_young(follower, 5, lambda: pytest.fail("a repeated step waits"), max_age=1)
 
 
 @pytest.fixture

@@ -299,6 +299,22 @@ def test_without_a_live_index_the_wait_ends_with_the_next_move(home: Store) -> N
     assert home.names("checkpoints")[-1] == checkpoint_key("r2", 0)  # which is what the first index is made from
 
 
+def test_a_run_with_a_limit_of_age_stops_while_it_waits_without_another_step(home: Store) -> None:
+    set_config(home, ("pretrain", "max_index_age", 4))
+    for key in home.names("evaluations"):
+        (home.path("evaluations", key) / MANIFEST).unlink()  # its refresh goes on for ever
+    asked: list[int] = []
+
+    def stop_once_it_waits() -> bool:
+        done = len(read_json_lines(home.trainer("r2") / pretrain.STEPS))
+        asked.append(done)
+        return asked.count(5) > 3
+
+    # Checkpoint 4 is on disk and not live, so step 5 would be the first with an index of age 5.
+    train(home, run="r2", should_stop=stop_once_it_waits)
+    assert [row["index_age"] for row in read_json_lines(home.trainer("r2") / pretrain.STEPS)] == [0, 1, 2, 3, 4]
+
+
 def test_weights_that_are_not_finite_end_the_run_with_the_next_move(home: Store) -> None:
     path = home.path("ict", "v0001") / ENCODER
     tensors = load_file(path)
