@@ -10,13 +10,12 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import dagster as dg
 from filelock import FileLock, Timeout
 
 from orchestration import production
@@ -318,16 +317,6 @@ class _RunSink:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         metrics = {name: float(value) for name, value in values.items() if value is not None}
         self.tracker._log(self.run, {"step": step, "metrics": metrics})
-
-
-@dg.resource(config_schema={"home": dg.StringSource}, description="MLflow; see tracker_for for the address.")
-def tracking_resource(context: dg.InitResourceContext) -> Iterator[MlflowTracker]:
-    """The tracker of the home. The end of a run waits a short time for what is unsent; a sensor's look does not."""
-    tracker = tracker_for(Path(context.resource_config["home"]))
-    try:
-        yield tracker
-    finally:
-        tracker.close(_END_SECONDS if context.run is not None else 0.0)
 
 
 def tracker_for(home: Path) -> MlflowTracker:

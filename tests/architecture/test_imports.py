@@ -32,6 +32,11 @@ def python(code: str, folder: Path) -> str:
     return result.stdout
 
 
+def test_a_trainer_does_without_dagster(repository: Path) -> None:
+    code = "import sys, orchestration.trainer, orchestration.resources.tracking; print('dagster' in sys.modules)"
+    assert python(code, repository) == "False\n"
+
+
 @pytest.mark.slow
 def test_dagster_finds_every_definition_of_the_project_in_order(repository: Path) -> None:
     program = Path(sysconfig.get_path("scripts")) / "dg"
