@@ -53,7 +53,7 @@ dvc: .venv/installed-demo .venv-dvc/installed ## Run the data pipeline of dvc.ya
 
 constraints: .venv-lock/installed ## Resolve constraints.txt and requirements-dvc.txt again (UPGRADE=1 lifts the pins)
 	$(RESOLVE) pyproject.toml --extra faiss --extra demo --extra postgres --extra s3 --extra hf --extra spacy --extra dev -o constraints.txt
-	echo 'dvc>=3.67,<4' | $(RESOLVE) - -o requirements-dvc.txt
+	echo 'dvc[s3]>=3.67,<4' | $(RESOLVE) - -o requirements-dvc.txt
 
 clean: ## Remove environments, caches and build output; results and the artifact store stay
 	rm -rf .venv .venv-dvc .venv-lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

@@ -1,8 +1,8 @@
 """DVC on the pipeline of this repository: from raw files to shards, numbers, and a remote that gives them back; and on
 versions of a corpus that commands made.
 
-DVC lives in an environment of its own (make dvc); REALM_DVC_BIN names another one. An S3 remote is tried where
-moto_server is installed beside it.
+DVC lives in an environment of its own (make dvc); REALM_DVC_BIN names another one. The S3 remote is a server
+of the tests' own environment.
 """
 
 import json
@@ -78,11 +78,9 @@ def run(folder: Path, *arguments: str, refused: bool = False) -> str:
 @pytest.fixture
 def s3(project: Path) -> Iterator[str]:
     """Address of a server of the S3 protocol with a bucket named realm."""
-    if not (PROGRAMS / "moto_server").exists():
-        pytest.skip(f"{PROGRAMS}: no moto_server; pip install dvc-s3 'moto[server]' there")
     port = free_port()
     server = subprocess.Popen(
-        [str(PROGRAMS / "moto_server"), "-H", "127.0.0.1", "-p", str(port)],
+        [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -100,7 +98,7 @@ def s3(project: Path) -> Iterator[str]:
             "aws_secret_access_key='test', region_name='us-east-1').create_bucket(Bucket='realm')"
         )
         address = f"http://127.0.0.1:{port}"
-        subprocess.run([str(PROGRAMS / "python"), "-c", make, address], check=True)
+        subprocess.run([sys.executable, "-c", make, address], check=True)
         yield address
     finally:
         server.terminate()
