@@ -79,6 +79,7 @@ def test_the_contracts_refuse(repository: Path, tmp_path: Path, module: str, sta
     assert len(broken) == 1 and contract in broken[0], result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_loading_the_definitions_stays_cheap(repository: Path) -> None:
     # Dagster imports them again for every run, every step and every reload of the code server.
     if not (repository / "orchestration" / "definitions.py").exists():
@@ -88,6 +89,7 @@ def test_loading_the_definitions_stays_cheap(repository: Path) -> None:
     assert min(load["seconds"] for load in loads) < 1.0  # processor seconds beyond dagster's own
 
 
+@pytest.mark.slow
 def test_the_mlflow_folder_never_hides_the_package(repository: Path) -> None:
     assert list((repository / "mlflow").rglob("*.py")) == []
     found = Path(python("import mlflow.version; print(mlflow.__file__)", repository).strip())

@@ -110,6 +110,7 @@ def test_the_memory_tracker_is_a_tracker() -> None:
     assert isinstance(MemoryTracker(), Tracker)
 
 
+@pytest.mark.slow
 def test_the_bootstrap_reports_the_digest_of_every_artifact_it_makes(empty_store: Store) -> None:
     world = World(empty_store, dg.DagsterInstance.ephemeral())
     names = {
@@ -165,6 +166,7 @@ def test_a_refresh_reports_digests_verdicts_and_scores_and_moves_the_pointer(wor
     assert world.tracker.tags["r1"]["live_index_digest"] == index.digest
 
 
+@pytest.mark.slow
 def test_every_later_version_shows_how_far_it_lies_from_the_one_before(world: World) -> None:
     later = "r1-s0000004"
     assert world.materialise(*REFRESH, key=START).success
@@ -189,6 +191,7 @@ def shown_recall(world: World, key: str) -> float:
     return float(world.store.manifest("verdicts", key).facts["recall_vs_exact"])
 
 
+@pytest.mark.slow
 def test_a_drift_that_cannot_be_measured_stops_no_refresh(world: World) -> None:
     later = "r1-s0000004"
     assert world.materialise(*REFRESH, key=START).success
@@ -199,6 +202,7 @@ def test_a_drift_that_cannot_be_measured_stops_no_refresh(world: World) -> None:
     assert world.store.require_live().index == later and not world.store.has("drifts", later)
 
 
+@pytest.mark.slow
 def test_old_versions_are_dropped_when_a_new_one_goes_live(world: World) -> None:
     from realm_core.artifacts import settings
 
@@ -229,6 +233,7 @@ def test_a_partition_of_realm_checkpoint_trains_the_segment_up_to_its_step(world
     assert world.store.checkpoints("r1") == [START, "r1-s0000004"]
 
 
+@pytest.mark.slow
 def test_segments_and_a_long_trainer_in_turns_leave_what_one_of_them_alone_does(world: World, tmp_path: Path) -> None:
     assert world.materialise(*REFRESH, key=START).success
     alone = Store(Path(shutil.copytree(world.store.home, tmp_path / "alone")))
@@ -242,6 +247,7 @@ def test_segments_and_a_long_trainer_in_turns_leave_what_one_of_them_alone_does(
         assert world.store.manifest("checkpoints", key).digest == alone.manifest("checkpoints", key).digest
 
 
+@pytest.mark.slow
 def test_a_segment_may_end_anywhere_and_the_next_one_goes_on_from_there(world: World) -> None:
     assert world.materialise(*REFRESH, key=START).success
     for key in ("r1-s0000003", "r1-s0000006"):
@@ -253,6 +259,7 @@ def test_a_segment_may_end_anywhere_and_the_next_one_goes_on_from_there(world: W
     assert "the run ends at pretrain.steps=12" in failures(result)["realm_checkpoint"]
 
 
+@pytest.mark.slow
 def test_a_segment_waits_for_no_trainer_and_trains_beside_none(world: World) -> None:
     assert world.materialise(*REFRESH, key=START).success
     with world.store.training_lease("r1").hold("a trainer of r1", by="the detached trainer"):
@@ -306,6 +313,7 @@ def test_promotion_of_what_was_never_qualified_is_refused(world: World) -> None:
     assert world.store.live() is None
 
 
+@pytest.mark.slow
 def test_a_rollback_needs_a_word_and_then_passes_the_same_gate(world: World) -> None:
     assert world.materialise(*REFRESH, key=START).success
     worlds.train(world.store, "r1", 4)
@@ -358,6 +366,7 @@ def test_a_fault_of_the_machine_is_tried_once_more(world: World, monkeypatch: py
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_queries_come_from_a_corpus_of_their_own_where_the_home_has_one(empty_store: Store, tmp_path: Path) -> None:
     news, _ = worlds.sources(tmp_path / "news", articles=8)
     settings = empty_store.settings()

@@ -31,6 +31,7 @@ def test_regex_match_agrees_with_the_original_code(golden: dict[str, Any]) -> No
         assert (match_pattern(case["prediction"], case["pattern"]) == "match") == case["match"], case
 
 
+@pytest.mark.slow
 def test_every_real_trec_pattern_behaves_as_under_re(shared_data: Path) -> None:
     path = shared_data / "qa" / "trec_large2470_train_regex.jsonl.gz"
     if not path.exists():

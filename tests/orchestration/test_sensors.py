@@ -233,6 +233,7 @@ def test_a_damaged_manifest_does_not_stop_the_others(daemon: Daemon) -> None:
     assert requested(daemon.tick()) == [newest]
 
 
+@pytest.mark.slow
 def test_a_first_import_is_spread_over_ticks(daemon: Daemon) -> None:
     keys = [worlds.pretend_checkpoint(daemon.store, "r1", step) for step in range(0, 480, 4)]
     asked = []

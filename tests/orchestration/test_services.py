@@ -113,6 +113,7 @@ def test_a_port_in_use_is_named() -> None:
     services.require_free(port, "MLflow")
 
 
+@pytest.mark.slow
 def test_ending_a_service_ends_its_children_even_the_deaf_ones(home: Path) -> None:
     service = services.Service("stubborn", ["bash", "-c", STUBBORN], home)
     group = [service.process.pid]

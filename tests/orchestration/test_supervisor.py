@@ -238,6 +238,7 @@ def test_a_foreign_folder_does_not_stop_supervision_and_is_named(wanted: Store) 
     assert "passed over checkpoints/r1-s0000000.backup, trainer/r1.old" in status.text(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["status", "stop"])
 def test_to_ask_about_a_run_that_never_began_is_an_error_and_leaves_nothing(
     empty_store: Store, command: str, start_python: Callable

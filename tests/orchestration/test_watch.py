@@ -129,6 +129,7 @@ def test_a_crash_between_history_and_pointer_is_not_somebodys_hand(live: Store, 
     assert journal.alerts(live) == []
 
 
+@pytest.mark.slow
 def test_what_ended_processes_left_in_the_spool_is_sent_by_a_sensor_that_does_not_wait_for_it(
     empty_store: Store, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ places, trouble = st.floats(0, 1), st.sampled_from(PIECES_OF_TROUBLE)
 changes = st.lists(st.tuples(places, st.integers(0, 12), st.one_of(trouble, st.binary(max_size=3))), max_size=6)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=400, derandomize=True)  # a library that ends the process would do so every time
 @given(st.sampled_from(sorted(sound_files())), changes, st.sampled_from(["fail", "skip"]))
 def test_whatever_stands_in_a_file_is_documents_or_one_clear_error(

@@ -62,6 +62,7 @@ def test_every_command_explains_itself(realm: Callable) -> None:
         assert realm(command, "--help")[0] == 0
 
 
+@pytest.mark.slow
 def test_the_stages_can_be_run_one_by_one_by_hand(realm: Callable, tiny_home: Store, tmp_path: Path) -> None:
     """The same folders as in a home, made with nothing but commands: the digests are those of the home."""
     out = {name: tmp_path / name for name in ("corpus", "questions", "ict", "snapshot", "index", "verdict", "reader")}
@@ -400,6 +401,7 @@ def test_a_title_that_is_not_there_is_refused(realm: Callable, tiny_home: Store)
     assert 'no document titled "a doll\'s house"; titles are compared letter by letter' in refused(outcome)
 
 
+@pytest.mark.slow
 def test_a_real_process_ends_with_code_2_and_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "realm_core.cli", "ask", "Who?", "--home", str(tmp_path)],
@@ -415,6 +417,7 @@ def test_a_line_break_in_an_argument_does_not_break_the_line(realm: Callable, do
     assert refused(outcome) == "--set a b: no '='; write --set section.key=value"
 
 
+@pytest.mark.slow
 def test_the_main_job_in_a_home_that_cannot_be_made_ends_with_code_2_and_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     command = [sys.executable, "-m", "orchestration.cli", "demo", "--home", str(tmp_path / "file" / "home"), *TINY]

@@ -100,6 +100,7 @@ def assert_encodes_like(folder: Path, tower: Embedder, tokenizer: Tokenizer) -> 
     np.testing.assert_allclose(encode(DOCUMENTS), embedded(tower, documents), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sentence_transformers_gives_the_vectors_of_the_embedder(checkpoint: Path, exported: Path) -> None:
     retriever, tokenizer = load_retriever(checkpoint)
     assert_encodes_like(exported / "embedder", retriever.embedder, tokenizer)

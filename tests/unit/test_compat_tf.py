@@ -166,6 +166,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, variables: dict[str, np.ndar
         read_tf(write_bundle(tmp_path / "m", variables), heads=HEADS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables", [tf_embedder(), tf_embedder(depth=4), tf_encoder(), tf_reader()])
 def test_whichever_variable_is_missing_has_its_own_name(tmp_path: Path, variables: dict[str, np.ndarray]) -> None:
     unused = [name for name in variables if (place := place_of(name)) is None or place.part is None]

@@ -212,6 +212,7 @@ def test_documents_are_read_one_at_a_time(tmp_path: Path) -> None:
     assert tally.documents == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["word " * 200_000, "x" * 1_000_000, "é" * 30_000, "中" * 30_000])
 def test_a_megabyte_without_a_sentence_break_is_cut_into_blocks_that_fit(tmp_path: Path, text: str) -> None:
     tokenizer = Tokenizer(build_vocabulary(["word x é 中"], 60))

@@ -98,6 +98,7 @@ def test_questions_that_find_no_answer_at_all_are_refused_before_training(tiny_h
     assert asked == list(range(len(questions)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize("kind", ["fixed", "dense"])
 def test_micro_batches_tune_as_the_whole_batch_does(tiny_home: Store, kind: str, micro: int) -> None:

@@ -49,6 +49,7 @@ def reader_rows(home: Store, precision: str, out: Path, dense: bool) -> list[dic
     return [row for _, row in sink.rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dense", "name"), [(False, "reader/loss"), (True, "reader/retriever_loss")])
 def test_a_reader_in_bf16_has_the_losses_of_fp32_up_to_rounding(
     tiny_home: Store, tmp_path: Path, dense: bool, name: str

@@ -48,6 +48,7 @@ def trained(store: Store, stage: str, *overrides: str, **model: object) -> tuple
 # --- micro-batches ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("micro", [1, 3])
 def test_micro_batches_train_as_the_whole_batch_does(tiny_home: Store, stage: str, micro: int) -> None:
@@ -164,6 +165,7 @@ def test_parts_are_contiguous_and_even(count: int, parts: int) -> None:
 # --- fixed shapes ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "micro"), [("pretrain", None), ("ict", None), *((stage, 2) for stage in STAGES)])
 def test_padded_to_fixed_shapes_a_run_has_the_same_losses_and_one_set_of_shapes(
     tiny_home: Store, stage: str, micro: int | None, monkeypatch: pytest.MonkeyPatch

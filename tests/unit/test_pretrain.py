@@ -386,6 +386,7 @@ def test_a_checkpoint_that_an_earlier_version_set_aside_ends_its_run_too(collaps
     assert home.collapse("r1") is None
 
 
+@pytest.mark.slow
 def test_another_run_goes_on_in_the_same_home_with_other_settings(home: Store, realm: Callable) -> None:
     train(home)  # r1 has come to its end
     set_config(home, ("pretrain", "max_null_probability", 0.01), ("pretrain", "guard_window", 6))

@@ -131,6 +131,7 @@ def test_the_checkpoint_of_the_rollback_is_spared(grown: Store) -> None:
     assert grown.prune_checkpoints("r1", keep=1, spare=set()) == []
 
 
+@pytest.mark.slow
 def test_every_index_that_is_still_there_can_be_asked(home: Store, refresh: Callable) -> None:
     config = home.config()
     for step in (4, 6, 8, 10, 12):

@@ -34,6 +34,7 @@ def digests(store: Store) -> dict[str, str]:
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_inputs_and_settings_give_the_same_digests_again(
     tiny_home: Store, build_home: Callable, tmp_path: Path
 ) -> None:
@@ -337,6 +338,7 @@ def tune(store: Store, out: Path) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_an_index_moves_the_question_tower_alone(tiny_home: Store, tmp_path: Path) -> None:
     made = tune(tiny_home, tmp_path / "reader")
     assert made.facts["retrieval"] == "dense" and made.parents["index"] == tiny_home.manifest("indexes", LATER).digest
