@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST ?= $(BIN)/pytest
 ARGS ?=
-# Tests run in so many processes, in the order of the files: the long end-to-end ones come early. WORKERS=0 for a debugger.
-WORKERS ?= 2
+# Tests run in so many processes, in the order of the files: the long end-to-end ones come early, and wait more than they compute.
+# WORKERS=0 for a debugger.
+WORKERS ?= 3
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 UV := uv==0.13.9
 RESOLVE := .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \

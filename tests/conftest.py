@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+# Tests run side by side in several processes: more threads than processors only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 ARTICLES = 40  # of the bundled encyclopedia; enough questions for all three splits
 
