@@ -8,7 +8,7 @@ import dagster as dg
 
 from orchestration import journal, refreshes
 from orchestration.refreshes import Refresh
-from realm_core.artifacts.keys import parse_key
+from realm_core.artifacts.keys import checkpoint_of, parse_key
 from realm_core.artifacts.publish import read_json_lines
 from realm_core.artifacts.store import Store
 from realm_core.errors import RealmError
@@ -41,7 +41,14 @@ class Turn:
         refreshes.drop_partial_snapshots(self.store, refreshes.superseded(self.runs))
         for run, keys in self.by_run.items():
             self._backlog(run, keys) if self.settings.backlog == "all" else self._newest(run, keys)
+        self._keep_what_waits()
         return self
+
+    def _keep_what_waits(self) -> None:
+        """Checkpoints may come so fast that retention would take one between the request and the start of its refresh."""
+        waiting = [key for key, runs in self.runs.items() if any(refreshes.goes_on(run) for run in runs)]
+        asked = [request.partition_key or "" for request in self.requests]
+        self.store.note_refreshing({checkpoint_of(key) for key in (*waiting, *asked)})
 
     def _newest(self, run: str, keys: Sequence[str]) -> None:
         """The newest checkpoint of a run, unless a refresh of that run is under way. One that is set aside does not hide

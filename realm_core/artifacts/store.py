@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from realm_core.params import config_from
 
 __all__ = ["BY_CHECKPOINT", "PRUNED", "VERSIONED", "Live", "Store", "checkpoint_key", "parse_key", "require_run_name"]
 
+REFRESHING = "refreshing.json"  # checkpoints whose refresh waits or runs
 COLLAPSED = "collapsed.json"  # in the trainer folder of a run that collapsed
 VERSIONED = ("corpus", "pretrain_corpus", "questions", "ict", "sparse_readers")
 BY_CHECKPOINT = ("checkpoints", "snapshots", "indexes", "drifts", "verdicts", "evaluations", "readers", "results")
@@ -309,15 +310,15 @@ class Store(Pointer):
         """Drop the bytes of old checkpoints but keep their manifests, so that lineage stays walkable.
 
         Spared are the newest `keep`, those in `spare`, what the live index and the one before it were built from, what an
-        index or a reader that is still there was made from, and what is being refreshed. Nothing goes while the pointer
-        cannot be read: nobody knows then what it needs.
+        index or a reader that is still there was made from, and what is being refreshed or waits for it. Nothing goes while
+        the pointer cannot be read: nobody knows then what it needs.
         """
         try:
             live, before = self.live(), self.rollback_target()
         except ArtifactError:
             return []
         pinned = {move.index for move in (live, before) if move}
-        spared = {checkpoint_of(name) for name in spare | pinned | self._still_opened()}
+        spared = {checkpoint_of(name) for name in spare | pinned | self._still_opened()} | set(self.refreshing())
         dropped = []
         for key in self.checkpoints(run)[:-keep]:
             if key in spared or self._being_refreshed(key, live):
@@ -345,6 +346,18 @@ class Store(Pointer):
         """
         grown = {path.name.strip(".").removesuffix(".partial") for path in (self.home / "snapshots").glob(f"*{key}+*")}
         return any(self._may_go_live(name, live) for name in {key, *grown})
+
+    def note_refreshing(self, checkpoints: Collection[str]) -> None:
+        """Keep what a refresh was asked for until the next note: it may wait, or start, for longer than retention would."""
+        path, wanted = self.home / REFRESHING, sorted(checkpoints)
+        if wanted != self.refreshing():
+            write_durably(path, json.dumps(wanted) + "\n")
+
+    def refreshing(self) -> list[str]:
+        """Checkpoints whose refresh waits or runs, as last noted."""
+        with suppress(OSError, ValueError):
+            return [str(key) for key in json.loads((self.home / REFRESHING).read_text(encoding="utf-8"))]
+        return []
 
     def _may_go_live(self, name: str, live: Live | None) -> bool:
         begun = (self.home / "snapshots" / f".{name}.partial").exists() or self.has("snapshots", name)

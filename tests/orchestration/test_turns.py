@@ -54,6 +54,22 @@ def reason(result: dg.SensorResult | dg.SkipReason) -> str:
     return str(result.skip_message)
 
 
+# --- retention ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_waits_for_its_refresh_outlives_those_that_come_meanwhile(daemon: Daemon) -> None:
+    store, waiting = daemon.store, checkpoint(daemon, 4)
+    assert requested(daemon.tick()) == [waiting]
+    later = [checkpoint(daemon, step) for step in (8, 12, 16)]
+    assert store.prune_checkpoints("r1", keep=1, spare=set()) == later[:2]
+    daemon.tick()  # its run waits in the queue
+    assert store.prune_checkpoints("r1", keep=1, spare=set()) == []
+    end_all(daemon, FAILURE)
+    assert requested(daemon.tick()) == [later[-1]]
+    assert store.refreshing() == [later[-1]]
+    assert store.prune_checkpoints("r1", keep=1, spare=set()) == [waiting]
+
+
 # --- failures ----------------------------------------------------------------------------------------------------------
 
 
