@@ -46,8 +46,8 @@ def run(
     sources = {"corpus": str(corpus.resolve()), "questions": str(questions.resolve())}
     if pretrain_corpus is not None:
         sources["pretrain_corpus"] = str(pretrain_corpus.resolve())
-    require_possible(config)
     if not (home / "home.json").exists():
+        require_possible(config)
         require_readable(config, questions)
     held = _alone_in(home)
     try:
@@ -57,6 +57,7 @@ def run(
         if (done := _finished_report(store)) is not None:
             _say(f"all done before: {done['live']['checkpoint']} is live, {len(done['index_versions'])} index versions")
             return done
+        require_possible(config)  # a home that was begun elsewhere goes on here
         os.environ.update(services.environment(home))
         with dg.DagsterInstance.get() as instance:
             _loop(store, instance)

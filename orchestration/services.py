@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from orchestration import production
 from orchestration.resources.database import ensure_database
@@ -22,6 +22,7 @@ from realm_core.artifacts.store import Store
 from realm_core.errors import ArtifactError, BusyError, ConfigError, RealmError
 
 LOOPBACK = "127.0.0.1"
+_TABLES_SECONDS = 120.0  # until another process has made Dagster's tables, which takes one or two
 _DAGSTER_YAML = """\
 # Written once by realm; edit it as you like. SQLite in this folder is the default storage.
 telemetry: {enabled: false}
@@ -71,11 +72,16 @@ def _create_tables(folder: Path) -> None:
     note the version of the tables twice, and from then on nobody can open them."""
     import dagster as dg  # takes a second, which most commands need not wait
     import yaml
+    from dagster._check import CheckError
 
     try:
-        with FileLock(folder / ".tables.lock"), dg.DagsterInstance.from_config(str(folder)):
+        with FileLock(folder / ".tables.lock", timeout=_TABLES_SECONDS), dg.DagsterInstance.from_config(str(folder)):
             pass
-    except (dg.DagsterInvalidConfigError, yaml.YAMLError) as error:
+    except Timeout:
+        raise BusyError(
+            f"{folder}: another process has been making Dagster's tables for {_TABLES_SECONDS:.0f} s; end it and try again"
+        ) from None
+    except (dg.DagsterInvalidConfigError, yaml.YAMLError, CheckError) as error:
         raise ConfigError(
             f"{folder / 'dagster.yaml'}: {' '.join(str(error).split())[:300]}; mend it, or remove it to have it written anew"
         ) from None

@@ -156,7 +156,7 @@ class PretrainConfig(InParts):
     require_ready: bool = False  # refuse a run whose encoder the probe does not find ready; false: warn
     # Steps; the trainer waits while a younger index may still come. None: it never waits, as in the original code.
     max_index_age: PositiveInt | None = None
-    index_wait_seconds: float = Field(3600, gt=0)  # how long it waits for that, and at step 0 for a first live index
+    index_wait_seconds: float = Field(3600, gt=0)  # how long it waits for each, and at step 0 for a first live index
 
     @model_validator(mode="after")
     def _some_index_is_young_enough(self) -> "PretrainConfig":
@@ -312,12 +312,10 @@ class Config(Section):
                 f"corpus.block_wordpieces={self.corpus.block_wordpieces} exceeds lengths.document="
                 f"{self.lengths.document}: blocks would be cut; lower the first or raise the second"
             )
-        age, policy = self.pretrain.max_index_age, self.refresh.policy
-        least = self.refresh.every_steps + self.pretrain.checkpoint_every if policy == "every_steps" else 1
-        if age is not None and (policy == "drift" or age < least):
+        if self.pretrain.max_index_age is not None and self.refresh.policy != "every_checkpoint":
             raise ValueError(
-                f"pretrain.max_index_age={age} with refresh.policy={policy}: the trainer would wait for a checkpoint that is "
-                "not refreshed; set refresh.policy=every_checkpoint, or another limit"
+                f"pretrain.max_index_age={self.pretrain.max_index_age} with refresh.policy={self.refresh.policy}: the trainer "
+                "would wait for a checkpoint that is not refreshed; set refresh.policy=every_checkpoint, or no limit"
             )
         if (self.model.encoder_layers or 0) > (self.model.layers or 10**6):
             raise ValueError(

@@ -7,7 +7,9 @@ cut off, and MLflow cannot go on with it: whoever is killed at that moment would
 import os
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+from realm_core.errors import BusyError
 
 _SQLITE = "sqlite:///"
 _PATIENCE_SECONDS = 120.0  # until another process has made the database, which takes seconds on a free machine
@@ -16,15 +18,18 @@ _PATIENCE_SECONDS = 120.0  # until another process has made the database, which 
 def ensure_database(uri: str, artifacts: str | None) -> None:
     """Make the database of `uri` if it is a SQLite file that does not exist. Files of its default experiment go to `artifacts`.
 
-    Raises filelock.Timeout if another process is making it and does not end.
+    Raises BusyError if another process is making it and does not end.
     """
     path = Path(uri.removeprefix(_SQLITE))
     if not uri.startswith(_SQLITE) or path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock"), timeout=_PATIENCE_SECONDS):
-        if not path.exists():
-            _make(path, artifacts)
+    try:
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=_PATIENCE_SECONDS):
+            if not path.exists():
+                _make(path, artifacts)
+    except Timeout:
+        raise BusyError(f"{path}: another process has been making it for {_PATIENCE_SECONDS:.0f} s; end it") from None
 
 
 def _make(path: Path, artifacts: str | None) -> None:

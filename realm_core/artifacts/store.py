@@ -355,7 +355,7 @@ class Store(Pointer):
 
     def refreshing(self) -> list[str]:
         """Checkpoints whose refresh waits or runs, as last noted."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, TypeError):
             return [str(key) for key in json.loads((self.home / REFRESHING).read_text(encoding="utf-8"))]
         return []
 

@@ -42,7 +42,7 @@ class IndexFollower:
         self._replay_until = 0  # steps below it were run before and follow the recorded swaps
         self._loading: _Loading | None = None
         self._refused: set[tuple[str, str]] = set()  # name and digest: a pointer mended later is looked at anew
-        self._left_behind: set[str] = set()  # checkpoints whose index never went live, told of
+        self._left_behind: set[str] = set()  # checkpoints that nobody waits for any more
         self._told: str | None = None  # what was said of a pointer that cannot be read
 
     def resume(self, step: int, replay_until: int) -> None:
@@ -81,47 +81,54 @@ class IndexFollower:
 
     def wait_for_young(self, step: int, max_age: int, of: str, seconds: float, should_stop: Callable[[], bool]) -> bool:
         """Wait while the index is more than `max_age` steps old and the newest checkpoint of training run `of` may still
-        go live. False if asked to stop; RealmError when the time is over. A step that is repeated waits for nothing."""
+        go live, at most so many seconds for each of them. False if asked to stop. A step that is repeated waits for nothing."""
         if step < self._replay_until:
             return True
         deadline = time.monotonic() + seconds
 
         def look() -> str:
-            if self.current is None or step - self.current.step <= max_age:
-                return "young"
-            if should_stop():
+            if should_stop():  # first: who lost the lease while it slept must not write another swap
                 return "stop"
+            served = self._served_step(of)
+            if served is None or step - served <= max_age:
+                return "young"
             newest = self.store.checkpoints(of)[-1]
-            if parse_key(newest)[1] <= self.current.step or self._stays_behind(newest):
+            if newest in self._left_behind or parse_key(newest)[1] <= served:
                 return "settled"
-            if time.monotonic() > deadline:
-                raise RealmError(
-                    f"{self.store.home}: no index of {newest} went live within {seconds:.0f} s, and that of "
-                    f"{self.current.name} is {step - self.current.step} steps old; look at the refresh_index runs"
-                )
+            if self._stays_behind(newest) or time.monotonic() > deadline:
+                self._left_behind.add(newest)
+                self.warn(f"no index of {newest} serves; training goes on with one older than pretrain.max_index_age")
+                return "settled"
             return "wait"
 
         self._follow(step)
         while (found := self.world.lead(look)) == "wait":
             time.sleep(_POLL_SECONDS)
+            if self.world.lead(should_stop):
+                return False
             self._follow(step)
         return found != "stop"
 
+    def _served_step(self, run: str) -> int | None:
+        """Step of the checkpoint that serves; 0 if it is of another run, which this one may have started from."""
+        if self.current is None:
+            return None
+        return self.current.step if parse_key(self.current.name)[0] == run else 0
+
     def _stays_behind(self, key: str) -> bool:
-        """Whether the newest checkpoint will not serve this run: its refresh has ended and the pointer has not moved to it, or
-        its index could not be opened. Told once."""
-        store, live = self.store, self.store.live()
-        if live is not None and checkpoint_of(live.index) == key:
-            behind = (live.index, live.index_digest) in self._refused
-        elif store.has("verdicts", key) and not store.manifest("verdicts", key).facts["passed"]:
-            behind = True
-        else:  # the metric policy decides as soon as the scores are there
+        """Whether it is known that a checkpoint will not serve: its index could not be opened, its verdict is against it, or
+        it is scored and the pointer has not moved. What cannot be read is not known."""
+        try:
+            store, live = self.store, self.store.live()
+            if live is not None and checkpoint_of(live.index) == key:
+                return (live.index, live.index_digest) in self._refused
+            if store.has("verdicts", key) and not store.manifest("verdicts", key).facts["passed"]:
+                return True
+            # The metric policy decides as soon as the scores are there.
             scored = store.manifest("evaluations", key).record["created"] if store.has("evaluations", key) else math.inf
-            behind = time.time() - scored > _DECISION_SECONDS
-        if behind and key not in self._left_behind:
-            self._left_behind.add(key)
-            self.warn(f"index of {key} does not serve; training goes on with one older than pretrain.max_index_age")
-        return behind
+        except RealmError:
+            return False
+        return time.time() - scored > _DECISION_SECONDS
 
     def at(self, step: int) -> IndexVersion:
         """The index version that serves this step; swaps first if there is a newer one ready."""

@@ -59,6 +59,9 @@ def test_the_report_has_the_promised_keys_and_tells_one_story(finished: tuple[Ho
     assert report["swaps"][0]["step"] == 0
     for swap in report["swaps"]:
         assert known[swap["index_digest"]]["age_steps"] == swap["step"] - known[swap["index_digest"]]["step"]
+    told = home.errors.read_text()  # what the person who waits sees of the stages in other processes
+    for stage in ("encoder warm-up: 6/6", "pretrain r1: 80/80", "fine-tune reader: 6/6"):
+        assert stage in told
     for name in ("report.md", "quality.png", "training.png"):
         assert (home.path / name).stat().st_size > 0
 

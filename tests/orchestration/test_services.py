@@ -55,6 +55,7 @@ def test_settings_that_a_person_edited_are_kept(home: Path) -> None:
     [
         ("telemetry: {enabled: fal", "while parsing a flow mapping"),
         ("nonsense: 3", 'unexpected config entry "nonsense"'),
+        ("- a\n- list", "to parse to dictionary"),
     ],
 )
 def test_settings_that_dagster_does_not_take_are_one_line(home: Path, edited: str, said: str) -> None:
