@@ -86,28 +86,26 @@ class IndexFollower:
             return True
         deadline = time.monotonic() + seconds
 
-        def look() -> str:
-            if should_stop():  # first: who lost the lease while it slept must not write another swap
-                return "stop"
+        def waits() -> bool:
             served = self._served_step(of)
             if served is None or step - served <= max_age:
-                return "young"
+                return False
             newest = self.store.checkpoints(of)[-1]
             if newest in self._left_behind or parse_key(newest)[1] <= served:
-                return "settled"
+                return False
             if self._stays_behind(newest) or time.monotonic() > deadline:
                 self._left_behind.add(newest)
                 self.warn(f"no index of {newest} serves; training goes on with one older than pretrain.max_index_age")
-                return "settled"
-            return "wait"
+                return False
+            return True
 
         self._follow(step)
-        while (found := self.world.lead(look)) == "wait":
+        while self.world.lead(waits):
             time.sleep(_POLL_SECONDS)
-            if self.world.lead(should_stop):
+            if self.world.lead(should_stop):  # before the look: who lost the lease while it slept writes no swap
                 return False
             self._follow(step)
-        return found != "stop"
+        return True
 
     def _served_step(self, run: str) -> int | None:
         """Step of the checkpoint that serves; 0 if it is of another run, which this one may have started from."""
