@@ -15,7 +15,7 @@ warnings.filterwarnings("ignore", category=dg.BetaWarning, message="Parameter `o
 from assets import checkpoint, checks, corpus, evaluation, ict, index, serving  # noqa: E402
 from orchestration.defs import growth, jobs, schedules, sensors, watch  # noqa: E402
 from orchestration.resources.store import store_resource  # noqa: E402
-from orchestration.resources.tracker import tracking_resource  # noqa: E402
+from orchestration.resources.tracking_resource import tracking_resource  # noqa: E402
 
 HOME = {"home": {"env": "REALM_HOME"}}
 

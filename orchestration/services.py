@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from orchestration import production
-from orchestration.resources.database import ensure_database
+from orchestration.resources.mlflow_database import ensure_database
 from orchestration.resources.tracking import default_artifacts, default_uri
 from realm_core.artifacts.lease import Lease
 from realm_core.artifacts.publish import write_durably
@@ -297,9 +297,8 @@ def require_answering(page: Service, port: int, patience: float = 120.0) -> None
 def mlflow_server(home: Path, port: int) -> Service:
     """MLflow's web interface on the home's database."""
     require_free(port, "MLflow")
-    ensure_database(
-        default_uri(home), default_artifacts(home)
-    )  # the server would make it under the eyes of the trainer
+    # The server would make it under the eyes of the trainer.
+    ensure_database(default_uri(home), default_artifacts(home))
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1",
         "--backend-store-uri", default_uri(home),

@@ -4,9 +4,8 @@ from datetime import UTC, datetime
 
 from croniter import CroniterError, croniter
 
-_FIELDS = (
-    5  # minute, hour, day of the month, month, day of the week; a sixth would be seconds, which no schedule here has
-)
+# Minute, hour, day of the month, month, day of the week; a sixth would be seconds, which no schedule here has.
+_FIELDS = 5
 
 
 def problem_with(expression: str) -> str | None:

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from orchestration import production
 from orchestration.resources import registry
-from orchestration.resources.database import ensure_database
+from orchestration.resources.mlflow_database import ensure_database
 from orchestration.resources.spool import Spool
 from realm_core.artifacts.store import Store
 from realm_core.ports import MetricSink

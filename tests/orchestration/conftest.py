@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.resources.database import ensure_database
+from orchestration.resources.mlflow_database import ensure_database
 from tests.orchestration.homes import bootstrapped, empty_store, store
 
 __all__ = ["bootstrapped", "empty_store", "store"]

@@ -272,7 +272,7 @@ def test_two_processes_write_into_one_run_and_a_new_database(tmp_path: Path) -> 
 MAKER = """
 import sys
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from orchestration.resources.database import ensure_database
+from orchestration.resources.mlflow_database import ensure_database
 print("ready", flush=True)
 ensure_database(sys.argv[1], None)
 """
